@@ -1,0 +1,117 @@
+"""Frozen means frozen: gradients off, BatchNorm statistics kept, the backbone's dropout silent."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..errors import GraftError, nearest
+from ..swap import has_layer, swap, unswap
+from .blocks import inner_modules
+from .layers import is_batchnorm
+from .placements.train import BatchStats
+
+BATCHNORM_POLICIES = ("frozen", "adapt", "train")
+
+
+class HeldInEval:
+    """Keeps one module in eval mode under ``model.train()``, unless the active adapter trains it."""
+
+    swap_rank = 5
+    training: bool
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)  # type: ignore[misc]
+        point = self._modules.get("torchgraft")  # type: ignore[attr-defined]
+        follows = point is not None and any(isinstance(a, BatchStats) and a.mode == "train" for a in point.before)
+        self.training = mode and follows
+        return self  # type: ignore[return-value]
+
+
+def freeze(model: nn.Module) -> dict[str, bool]:
+    """Switch gradients off and hold BatchNorm and dropout in eval mode.
+
+    Returns:
+        ``requires_grad`` of every parameter as it was, by name.
+    """
+    before = {name: p.requires_grad for name, p in model.named_parameters() if ".torchgraft." not in f".{name}"}
+    for name, parameter in model.named_parameters():
+        if name in before:
+            parameter.requires_grad_(False)
+    for _, module in inner_modules(model):
+        if is_batchnorm(module) or _drops(module):
+            swap(module, HeldInEval)
+            module.train(module.training)
+    return before
+
+
+def unfreeze(model: nn.Module, before: dict[str, bool]) -> None:
+    """Undo :func:`freeze`: gradients as they were, held modules follow the model's mode again."""
+    for name, parameter in model.named_parameters():
+        if name in before:
+            parameter.requires_grad_(before[name])
+    for _, module in inner_modules(model):
+        if has_layer(module, HeldInEval):
+            unswap(module, HeldInEval)
+            module.training = model.training
+
+
+def hold_silent(model: nn.Module, dropout: bool) -> None:
+    """Let the backbone's own dropout act in training (``dropout=True``) or keep it silent."""
+    for _, module in inner_modules(model):
+        if _drops(module) and not is_batchnorm(module):
+            if dropout:
+                unswap(module, HeldInEval)
+                module.training = model.training
+            else:
+                swap(module, HeldInEval)
+                module.train(model.training)
+
+
+def batchnorm_placements(model: nn.Module, policy: str) -> list[BatchStats]:
+    """The placements that give an adapter its own BatchNorm statistics; none for ``"frozen"``.
+
+    Raises:
+        GraftError: Unknown policy.
+    """
+    if policy not in BATCHNORM_POLICIES:
+        raise GraftError(f"batchnorm={policy!r}: {nearest(policy, BATCHNORM_POLICIES)}")
+    if policy == "frozen":
+        return []
+    return [
+        BatchStats(path, module, policy)
+        for path, module in inner_modules(model)
+        if is_batchnorm(module) and module.track_running_stats and module.running_mean is not None
+    ]
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether the module's own forward drops something in training mode.
+
+    Dropout and stochastic depth are leaves with a rate. Attention modules often pass a rate to a functional
+    kernel instead; those have a rate or a dropout child of their own. Modules that only hold such children
+    keep their mode, since gradient checkpointing of some libraries depends on it.
+    """
+    name = type(module).__name__
+    if isinstance(module, (nn.modules.dropout._DropoutNd, nn.MultiheadAttention)):
+        return True
+    children = [c for n, c in module.named_children() if n != "torchgraft"]
+    if not children:
+        return "Drop" in name or "StochasticDepth" in name
+    if "Attention" not in name or name.endswith("Layer"):
+        return False
+    rates = [v for k, v in vars(module).items() if "drop" in k and isinstance(v, float)]
+    return bool(rates) or any(isinstance(c, nn.Dropout) for c in children)
+
+
+def trainable_count(module: nn.Module) -> int:
+    """Number of trainable values, shared ones once."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def reference_tensor(model: nn.Module) -> torch.Tensor:
+    """A floating-point parameter (or buffer) that tells the model's device and dtype."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            return tensor
+    return torch.empty(0)

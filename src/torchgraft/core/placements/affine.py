@@ -1,0 +1,94 @@
+"""Affine: scale and shift the channels of a layer's output."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..graft import Args, Kwargs, first_output, replace_output
+from ..layers import channel_axis, is_batchnorm, is_conv, is_norm, is_standardised, out_channels
+from .base import Hook, Placement, Support
+
+
+class Affine(Placement):
+    """``y = scale * y + shift`` per channel of the module's output.
+
+    Args:
+        home: Path of the module.
+        scale: Parameter of shape (C,), or None for a shift only.
+        shift: Parameter of shape (C,), or None for a scale only.
+        axis: Axis of the output that holds the channels: 1 for maps, -1 for tokens.
+    """
+
+    kind: ClassVar[str] = "affine"
+
+    def __init__(
+        self,
+        home: str,
+        scale: nn.Parameter | None,
+        shift: nn.Parameter | None,
+        *,
+        axis: int,
+        slot: str | None = None,
+    ) -> None:
+        super().__init__(home, slot)
+        self.register_parameter("scale", scale)
+        self.register_parameter("shift", shift)
+        self.axis = axis
+
+    def hooks(self) -> list[Hook]:
+        """One action after the module."""
+        return [Hook(self.home, "after", self)]
+
+    def after(self, args: Args, kwargs: Kwargs, out: Any) -> Any:
+        """Scale and shift the output."""
+        y = first_output(out)
+        shape = [-1] + [1] * (y.dim() - 2) if self.axis == 1 else [-1]
+        if self.scale is not None:
+            y = y * self.scale.view(shape)
+        if self.shift is not None:
+            y = y + self.shift.view(shape)
+        return replace_output(out, y)
+
+    def folded(self, module: nn.Module) -> dict[str, Tensor]:
+        """New weight and bias of ``module`` that do the same; computed in float32."""
+        weight = module._parameters["weight"].float()  # type: ignore[union-attr]
+        scale = weight.new_ones(out_channels(module)) if self.scale is None else self.scale.float()  # type: ignore[arg-type]
+        shift = weight.new_zeros(scale.shape) if self.shift is None else self.shift.float()
+        old = module._parameters.get("bias")
+        bias = weight.new_zeros(scale.shape) if old is None else old.float()
+        if is_conv(module) and getattr(module, "transposed", False):
+            groups = int(module.groups)  # type: ignore[arg-type]
+            grouped = weight.view(groups, -1, *weight.shape[1:])
+            factor = scale.view(groups, 1, -1, *[1] * (weight.dim() - 2))
+            new = (grouped * factor).view_as(weight)
+        else:
+            new = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+        return {"weight": new, "bias": bias * scale + shift}
+
+    @classmethod
+    def supports(cls, module: nn.Module) -> Support:
+        """Any module whose output has a channel axis; folds where the layer has a weight per channel."""
+        if is_standardised(module):
+            return Support(True, False, "the layer standardises its weight, which undoes a scale")
+        if is_norm(module) and hasattr(module, "act") and not isinstance(module.act, nn.Identity):
+            return Support(True, False, "the activation inside the layer stands between its weight and its output")
+        if is_conv(module) or isinstance(module, nn.Linear) or is_norm(module) or is_batchnorm(module):
+            return Support(True, True)
+        return Support(True, False, f"{type(module).__name__} has no weight per output channel")
+
+
+def affine_for(module: nn.Module, path: str, *, scale: bool = True, shift: bool = True) -> Affine:
+    """An identity :class:`Affine` of the right width and axis for ``module``."""
+    import torch
+
+    width = out_channels(module)
+    if width is None:
+        raise ValueError(f"affine: {path} ({type(module).__name__}) has no fixed number of output channels")
+    return Affine(
+        path,
+        nn.Parameter(torch.ones(width)) if scale else None,
+        nn.Parameter(torch.zeros(width)) if shift else None,
+        axis=channel_axis(module),
+    )

@@ -1,0 +1,3 @@
+"""The version of the library; ``pyproject.toml`` states the same."""
+
+VERSION = "0.1.0"
