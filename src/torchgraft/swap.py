@@ -13,6 +13,7 @@ buffers that are read through the layer's ``_view(name)`` instead of directly, s
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 from torch import nn
@@ -65,6 +66,7 @@ def _class_for(base: type, layers: tuple[type, ...], views: tuple[str, ...]) -> 
     key = (base, layers, views)
     if key not in _generated:
         body: dict[str, Any] = {name: _view_property(name) for name in views}
+        body |= _own_forward(layers)
         body |= {
             "__module__": base.__module__,
             "__doc__": base.__doc__,
@@ -73,6 +75,23 @@ def _class_for(base: type, layers: tuple[type, ...], views: tuple[str, ...]) -> 
         }
         _generated[key] = type(base)(f"Grafted{base.__name__}", (*layers, base), body)
     return _generated[key]
+
+
+def _own_forward(layers: tuple[type, ...]) -> dict[str, Any]:
+    """The outermost layer's ``forward`` with a code object of its own.
+
+    ``torch.compile`` keeps its compiled versions per code object; were it shared by all generated classes,
+    a process that compiles several adapted models would soon reach the limit of versions.
+    """
+    for layer in layers:
+        forward = layer.__dict__.get("forward")
+        if isinstance(forward, types.FunctionType):
+            copied = types.FunctionType(
+                forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+            )
+            copied.__kwdefaults__ = forward.__kwdefaults__
+            return {"forward": copied}
+    return {}
 
 
 def _view_property(name: str) -> property:

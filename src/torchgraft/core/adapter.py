@@ -244,7 +244,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             continue
         for one in names:
             point.drop(one)
-        if not registry.adapters or (not point.actions and module is not model):
+        if not point.actions:
             remove_point(module)
     if registry.adapters:
         activate(model, registry.active)
@@ -326,7 +326,6 @@ def install(adapter: Adapter, anatomy: Anatomy, placed: list[Placement], *, drop
     if registry is None:
         registry = Registry({}, None, freeze(model))
         model.__dict__["_torchgraft_registry"] = registry
-        graft_point(model)
         if callable(getattr(model, "reset_classifier", None)):
             swap(model, KeepsHead)
     hold_silent(model, dropout)

@@ -12,13 +12,14 @@ for the active adapter, four lists of actions:
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..swap import has_layer, swap, unswap
+from ..swap import swap, unswap
 
 RESERVED = "torchgraft"
 """The one name that an adapted module gains among its children."""
@@ -68,6 +69,44 @@ class Grafted:
         return value
 
 
+class HidesPoint:
+    """Keeps the graft point out of what a container lists: ``nn.Sequential`` runs whatever it iterates over."""
+
+    swap_rank = 2
+    _modules: dict[str, Any]
+
+    def _shown(self) -> dict[str, Any]:
+        return {name: module for name, module in self._modules.items() if name != RESERVED}
+
+    def __len__(self) -> int:
+        return len(self._shown())
+
+    def __iter__(self) -> Any:
+        shown = self._shown()
+        return iter(shown) if isinstance(self, nn.ModuleDict) else iter(shown.values())
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, str):
+            return self._modules[index]
+        listed = list(self._shown().items())
+        if isinstance(index, slice):
+            chosen = listed[index]
+            return nn.Sequential(OrderedDict(chosen)) if isinstance(self, nn.Sequential) else nn.ModuleList(m for _, m in chosen)
+        return listed[index][1]
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._shown() if isinstance(self, nn.ModuleDict) else any(m is key for m in self)  # type: ignore[attr-defined]
+
+    def keys(self) -> Any:
+        return self._shown().keys()
+
+    def items(self) -> Any:
+        return self._shown().items()
+
+    def values(self) -> Any:
+        return self._shown().values()
+
+
 class GraftPoint(nn.Module):
     """The placements at one module, by adapter name and slot, and the actions of the active adapter."""
 
@@ -113,6 +152,8 @@ def graft_point(module: nn.Module, views: tuple[str, ...] = ()) -> GraftPoint:
     """The graft point of ``module``, made when there is none; ``views`` as in :func:`torchgraft.swap.swap`."""
     if RESERVED not in module._modules:
         module.add_module(RESERVED, GraftPoint())
+        if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            swap(module, HidesPoint)
     swap(module, Grafted, views)
     return module._modules[RESERVED]  # type: ignore[return-value]
 
@@ -124,8 +165,8 @@ def existing_point(module: nn.Module) -> GraftPoint | None:
 
 def remove_point(module: nn.Module) -> None:
     """Give ``module`` its own class back and delete its graft point."""
-    if has_layer(module, Grafted):
-        unswap(module, Grafted)
+    for layer in (Grafted, HidesPoint):
+        unswap(module, layer)
     module._modules.pop(RESERVED, None)
 
 

@@ -1,0 +1,110 @@
+"""The verbs put together, the options that all of them share, and what becomes of an error."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from typer.core import TyperCommand, TyperGroup
+
+from . import demo, doctor, evaluate, inspect, listing, plan, predict, train
+from .console import TERMINAL
+from .failures import report_failure
+
+VERBS = (
+    ("demo", demo),
+    ("train", train),
+    ("eval", evaluate),
+    ("predict", predict),
+    ("plan", plan),
+    ("list", listing),
+    ("inspect", inspect),
+    ("doctor", doctor),
+)
+"""Name of a verb and the module with its function ``run`` and its ``EXAMPLES``, in the order of the help."""
+
+EXAMPLES = """\
+torchgraft demo                        see it work, nothing to download
+torchgraft train FOLDER --backbone tf_efficientnet_lite0 --method conv-adapter
+torchgraft predict runs/NAME/adapter picture.jpg
+torchgraft list methods                what can be attached
+torchgraft doctor                      is everything in place?
+torchgraft VERB --help                 options and examples of one verb"""
+
+
+class VerbGroup(TyperGroup):
+    """The verbs as a group that turns exceptions into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen verb; failures leave through :func:`.failures.report_failure`."""
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, Exception) as error:
+            code = report_failure(error, debug=bool(ctx.params.get("debug")))
+            if code is None:
+                raise
+            raise typer.Exit(code) from None
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the examples line by line (the base class would join them into paragraphs)."""
+        _write_examples(self.epilog, formatter)
+
+
+class VerbCommand(TyperCommand):
+    """One verb; its examples keep their lines in the help."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the examples line by line (the base class would join them into paragraphs)."""
+        _write_examples(self.epilog, formatter)
+
+
+app = typer.Typer(
+    cls=VerbGroup,
+    name="torchgraft",
+    no_args_is_help=True,
+    # Boxes and colours are for people at a terminal; a pipe or a log file gets plain lines.
+    rich_markup_mode="rich" if TERMINAL else None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+
+def main() -> None:
+    """Run the command line with the arguments of this process."""
+    app(prog_name="torchgraft")
+
+
+def _examples(text: str) -> str:
+    lines = "Examples:\n\n" + "\n".join("  " + line for line in text.splitlines())
+    return escape(lines) if TERMINAL else lines
+
+
+def _write_examples(epilog: str | None, formatter: Any) -> None:
+    if epilog:
+        formatter.write_paragraph()
+        formatter.write(epilog.replace("\n\n", "\n") + "\n")
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        sys.stdout.write(f"torchgraft {version('torchgraft')}\n")
+        raise typer.Exit
+
+
+@app.callback(epilog=_examples(EXAMPLES))
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the full trace of an error.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and leave.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Adapt one frozen, pretrained vision backbone to many tasks by training a few per cent of it."""
+
+
+for _name, _module in VERBS:
+    app.command(_name, cls=VerbCommand, epilog=_examples(_module.EXAMPLES))(_module.run)

@@ -1,0 +1,102 @@
+"""How verbs speak: tables and sentences for people, one JSON document for programs.
+
+On a terminal there are colours and tables fit the window. Anywhere else (pipe, file, log of a build) lines
+are plain and as long as they need to be, so that nothing is wrapped or cut and ``grep`` finds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+TERMINAL = sys.stdout.isatty()
+"""Whether standard output is a terminal."""
+
+
+def say(text: str = "", *, style: str | None = None) -> None:
+    """Print one line of text as it is (no markup, no wrapping away from a terminal)."""
+    _console().print(text, style=style, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Print one line to standard error: progress and remarks that are not the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def next_command(sentence: str, *commands: str) -> None:
+    """End a verb: say what can be done now and the commands to type, each on its own line."""
+    say()
+    say(sentence)
+    for command in commands:
+        say(f"  {command}", style="bold")
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Iterable[str] = ()) -> None:
+    """Print rows under headings.
+
+    Args:
+        columns: The headings.
+        rows: One sequence of cells per row; None is an empty cell.
+        right: Headings whose column is aligned to the right.
+    """
+    numeric = set(right)
+    box = SIMPLE_HEAD if TERMINAL else None
+    grid = Table(box=box, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name in columns:
+        grid.add_column(name, justify="right" if name in numeric else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*("" if cell is None else str(cell) for cell in row))
+    _console().print(grid)
+
+
+def pairs(rows: Iterable[tuple[str, Any]]) -> None:
+    """Print names and values in two columns."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in rows:
+        grid.add_row(name, str(value))
+    _console().print(grid)
+
+
+def emit_json(payload: Any) -> None:
+    """Print the one JSON document of a verb; numbers that JSON lacks (nan, infinity) become null."""
+    sys.stdout.write(json.dumps(_plain(payload), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def results_only(active: bool) -> Iterator[None]:
+    """While ``active``, whatever is printed to standard output goes to standard error instead."""
+    if not active:
+        yield
+        return
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _console() -> Console:
+    # Made anew each time: tests and callers exchange sys.stdout. Class names and method texts hold brackets
+    # and colons, so nothing is read as markup.
+    plain: dict[str, Any] = {} if TERMINAL else {"width": 10_000, "no_color": True, "force_terminal": False}
+    return Console(file=sys.stdout, markup=False, highlight=False, emoji=False, **plain)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
