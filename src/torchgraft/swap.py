@@ -73,7 +73,8 @@ def _class_for(base: type, layers: tuple[type, ...], views: tuple[str, ...]) -> 
             "__reduce_ex__": _reduce,
             "_swap_anatomy": key,
         }
-        _generated[key] = type(base)(f"Grafted{base.__name__}", (*layers, base), body)
+        metaclass: Any = type(base)
+        _generated[key] = metaclass(f"Grafted{base.__name__}", (*layers, base), body)
     return _generated[key]
 
 
@@ -87,7 +88,11 @@ def _own_forward(layers: tuple[type, ...]) -> dict[str, Any]:
         forward = layer.__dict__.get("forward")
         if isinstance(forward, types.FunctionType):
             copied = types.FunctionType(
-                forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+                forward.__code__.replace(),
+                forward.__globals__,
+                forward.__name__,
+                forward.__defaults__,
+                forward.__closure__,
             )
             copied.__kwdefaults__ = forward.__kwdefaults__
             return {"forward": copied}

@@ -13,10 +13,19 @@ from torch import Tensor, nn
 from ..errors import GraftError, nearest
 from ..swap import has_layer, swap, unswap
 from .anatomy import Anatomy, Site
-from .frozen import HeldInEval, batchnorm_placements, freeze, hold_silent, reference_tensor, unfreeze
+from .frozen import (
+    HeldInEval,
+    batchnorm_placements,
+    freeze,
+    hold_silent,
+    own_parameters,
+    reference_tensor,
+    unfreeze,
+)
 from .graft import existing_point, graft_point, remove_point
 from .head import KeepsHead, head_placements
-from .method import Method, method as resolve
+from .method import Method
+from .method import method as resolve
 from .placements import Hook, Parallel, Placement
 from .probe import Example, in_eval_mode
 
@@ -40,7 +49,14 @@ class Adapter:
     """
 
     def __init__(
-        self, model: nn.Module, name: str, config: Method, *, num_classes: int | None, batchnorm: str, lean: Any
+        self,
+        model: nn.Module,
+        name: str,
+        config: Method,
+        *,
+        num_classes: int | None,
+        batchnorm: str,
+        lean: Any,
     ) -> None:
         self.model, self.name, self.method = model, name, config
         self.num_classes, self.batchnorm, self.lean = num_classes, batchnorm, lean
@@ -113,7 +129,7 @@ class Adapter:
 
     def summary(self) -> str:
         """A few lines for people: method, sites, parameters."""
-        total = sum(p.numel() for n, p in self.model.named_parameters() if ".torchgraft." not in f".{n}")
+        total = own_parameters(self.model)
         own = self.num_parameters()
         lines = [
             f"{self.name}: {self.method} on {type(self.model).__name__.removeprefix('Grafted')}",

@@ -103,10 +103,10 @@ class Anatomy:
         if block is not None:
             found = self._numbers[block]
             stage = f"stages[{found.stage}]." if len(self.stages) > 1 else ""
-            return f"{stage}blocks[{found.index}]{path[len(block):]}"
+            return f"{stage}blocks[{found.index}]{path[len(block) :]}"
         root = next((r for r in self._ancestors(path) if r in self._roots), None)
         if root is not None and len(self.stages) > 1:
-            return f"stages[{self._roots[root]}]{path[len(root):]}"
+            return f"stages[{self._roots[root]}]{path[len(root) :]}"
         if self.base and path.startswith(self.base + "."):
             path = path[len(self.base) + 1 :]
         if isinstance(self.model, FeatureDictNet):
@@ -273,7 +273,9 @@ class Anatomy:
         common = self.stem.split(".")[:-1]
         for block in self.blocks:
             parts = block.path.split(".")
-            common = common[: next((i for i, (a, b) in enumerate(zip(common, parts, strict=False)) if a != b), len(common))]
+            common = common[
+                : next((i for i, (a, b) in enumerate(zip(common, parts, strict=False)) if a != b), len(common))
+            ]
         while common and isinstance(self.modules[".".join(common)], (nn.Sequential, nn.ModuleList)):
             common.pop()
         return ".".join(common)
@@ -300,7 +302,9 @@ class Anatomy:
     def _widths(self, path: str) -> set[int]:
         block = next((b for b in self._ancestors(path) if b in self._numbers), path)
         module = self.module(block)
-        widths = {w for m in [module, *(m for _, m in inner_modules(module))] for w in (in_channels(m), out_channels(m)) if w}
+        widths = {
+            w for m in [module, *(m for _, m in inner_modules(module))] for w in (in_channels(m), out_channels(m)) if w
+        }
         return widths
 
     def _tokens_inside(self, path: str) -> bool:

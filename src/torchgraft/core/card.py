@@ -12,6 +12,7 @@ def model_card(adapter: Adapter, config: dict[str, Any], task: dict[str, Any] | 
     """A README with what the adapter is, what it fits and how to use it."""
     backbone = config["backbone"]
     classes = (task or {}).get("classes") or []
+    weights = backbone.get("weights") or backbone.get("tag") or "unknown"
     lines = [
         "---",
         "library_name: torchgraft",
@@ -24,7 +25,7 @@ def model_card(adapter: Adapter, config: dict[str, Any], task: dict[str, Any] | 
         f"* sites: {len(config['sites'])}; trainable parameters without the head: {config['parameters']:,}",
         f"* head: {config['num_classes']} classes" if config["num_classes"] else "* head: that of the backbone",
         f"* BatchNorm: {config['batchnorm']}",
-        f"* backbone: `{backbone['architecture']}`, weights: {backbone.get('weights') or backbone.get('tag') or 'unknown'}",
+        f"* backbone: `{backbone['architecture']}`, weights: {weights}",
     ]
     if classes:
         shown = ", ".join(str(c) for c in classes[:20]) + (" ..." if len(classes) > 20 else "")

@@ -100,9 +100,7 @@ def save(
     write_files(folder, writers)
 
 
-def load(
-    model: nn.Module, folder: str | os.PathLike[str], name: str | None = None, strict: bool = True
-) -> Adapter:
+def load(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None, strict: bool = True) -> Adapter:
     """Attach the adapter in ``folder`` to ``model`` and make it active.
 
     Args:
@@ -135,8 +133,8 @@ def load(
         lost = [k for k in extra if not (headless and not k.startswith(("stages[", "blocks[")))]
         if lost and strict:
             raise GraftError(
-                f"{Path(folder)}: the adapter acts at {lost[0].rpartition('/')[0] or lost[0]!r} ({len(lost)} tensors in "
-                "all), which this model lacks; load it into the model it was trained on, or pass strict=False"
+                f"{Path(folder)}: the adapter acts at {lost[0].rpartition('/')[0] or lost[0]!r} ({len(lost)} tensors "
+                "in all), which this model lacks; load it into the model it was trained on, or pass strict=False"
             )
         adapter.parked = {key: tensors[key] for key in extra}
         if headless:
@@ -162,7 +160,9 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         if not isinstance(config[field], types) or isinstance(config[field], bool):
             raise GraftError(f"{where}: {field}={config[field]!r} is not valid; expected {types[0].__name__}")
     if config["format"] > FORMAT:
-        raise GraftError(f"{where}: format {config['format']} is newer than this torchgraft reads ({FORMAT}); upgrade it")
+        raise GraftError(
+            f"{where}: format {config['format']} is newer than this torchgraft reads ({FORMAT}); upgrade it"
+        )
     backbone = config["backbone"]
     if not isinstance(backbone.get("architecture"), str) or not isinstance(backbone.get("parts"), dict):
         raise GraftError(f"{where}: the backbone's fingerprint is damaged; expected 'architecture' and 'parts'")
@@ -186,7 +186,9 @@ def read_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as handle:
             return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise GraftError(f"{path} is damaged ({str(error).splitlines()[0]}); restore it from a copy or train again") from error
+        raise GraftError(
+            f"{path} is damaged ({str(error).splitlines()[0]}); restore it from a copy or train again"
+        ) from error
 
 
 def read_task(folder: str | os.PathLike[str]) -> dict[str, Any] | None:

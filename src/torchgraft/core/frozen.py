@@ -8,6 +8,7 @@ from torch import nn
 from ..errors import GraftError, nearest
 from ..swap import has_layer, swap, unswap
 from .blocks import inner_modules
+from .graft import RESERVED
 from .layers import is_batchnorm
 from .placements.train import BatchStats
 
@@ -21,6 +22,7 @@ class HeldInEval:
     training: bool
 
     def train(self, mode: bool = True) -> nn.Module:
+        """Pass the mode on to the children; follow it only where the active adapter asks for it."""
         super().train(mode)  # type: ignore[misc]
         point = self._modules.get("torchgraft")  # type: ignore[attr-defined]
         follows = point is not None and any(isinstance(a, BatchStats) and a.mode == "train" for a in point.before)
@@ -34,7 +36,7 @@ def freeze(model: nn.Module) -> dict[str, bool]:
     Returns:
         ``requires_grad`` of every parameter as it was, by name.
     """
-    before = {name: p.requires_grad for name, p in model.named_parameters() if ".torchgraft." not in f".{name}"}
+    before = {n: p.requires_grad for n, p in model.named_parameters() if RESERVED not in n.split(".")}
     for name, parameter in model.named_parameters():
         if name in before:
             parameter.requires_grad_(False)
@@ -104,9 +106,9 @@ def _drops(module: nn.Module) -> bool:
     return bool(rates) or any(isinstance(c, nn.Dropout) for c in children)
 
 
-def trainable_count(module: nn.Module) -> int:
-    """Number of trainable values, shared ones once."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+def own_parameters(module: nn.Module) -> int:
+    """Number of the module's own parameter values, whatever adapters are attached to it."""
+    return sum(p.numel() for name, p in module.named_parameters() if RESERVED not in name.split("."))
 
 
 def reference_tensor(model: nn.Module) -> torch.Tensor:

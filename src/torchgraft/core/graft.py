@@ -31,13 +31,21 @@ Kwargs = dict[str, Any]
 class Action(Protocol):
     """Something that acts at a module; an action defines the methods of the lists it is put in."""
 
-    def before(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]: ...
+    def before(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """The arguments to go on with."""
+        ...
 
-    def around(self, forward: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any: ...
+    def around(self, forward: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+        """The output, with or without calling ``forward``."""
+        ...
 
-    def after(self, args: Args, kwargs: Kwargs, out: Any) -> Any: ...
+    def after(self, args: Args, kwargs: Kwargs, out: Any) -> Any:
+        """The output to go on with."""
+        ...
 
-    def view(self, name: str, value: Tensor) -> Tensor: ...
+    def view(self, name: str, value: Tensor) -> Tensor:
+        """What reading ``name`` returns."""
+        ...
 
 
 class Grafted:
@@ -49,6 +57,7 @@ class Grafted:
     _buffers: dict[str, Any]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward between the actions of the active adapter."""
         point = self._modules["torchgraft"]
         if point.router is not None:
             return point.router.run(self, super().forward, args, kwargs)  # type: ignore[misc]
@@ -91,19 +100,26 @@ class HidesPoint:
         listed = list(self._shown().items())
         if isinstance(index, slice):
             chosen = listed[index]
-            return nn.Sequential(OrderedDict(chosen)) if isinstance(self, nn.Sequential) else nn.ModuleList(m for _, m in chosen)
+            return (
+                nn.Sequential(OrderedDict(chosen))
+                if isinstance(self, nn.Sequential)
+                else nn.ModuleList(m for _, m in chosen)
+            )
         return listed[index][1]
 
     def __contains__(self, key: Any) -> bool:
         return key in self._shown() if isinstance(self, nn.ModuleDict) else any(m is key for m in self)  # type: ignore[attr-defined]
 
     def keys(self) -> Any:
+        """Names without the graft point."""
         return self._shown().keys()
 
     def items(self) -> Any:
+        """Names and modules without the graft point."""
         return self._shown().items()
 
     def values(self) -> Any:
+        """Modules without the graft point."""
         return self._shown().values()
 
 
@@ -130,7 +146,7 @@ class GraftPoint(nn.Module):
         """Register ``placement`` as a child, so that its parameters belong to the model."""
         if adapter not in self.adapters:
             self.adapters[adapter] = nn.ModuleDict()
-        self.adapters[adapter][slot] = placement  # type: ignore[index]
+        self.adapters[adapter].add_module(slot, placement)
 
     def drop(self, adapter: str) -> None:
         """Forget everything of ``adapter`` at this module."""
@@ -240,9 +256,7 @@ def recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _remember_prefix(
-    point: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
-) -> None:
+def _remember_prefix(point: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     point._loading = prefix, any(key.startswith(prefix) for key in state_dict)  # type: ignore[assignment]
 
 

@@ -37,7 +37,9 @@ def head_placements(anatomy: Anatomy, num_classes: int) -> list[Replace]:
     if width is None and shape is not None:
         width = shape[1] if conv else shape[-1]
     if not isinstance(width, int):
-        raise GraftError(f"num_classes={num_classes}: the width of the classifier {path!r} cannot be told; give `example=`")
+        raise GraftError(
+            f"num_classes={num_classes}: the width of the classifier {path!r} cannot be told; give `example=`"
+        )
     head = make_head(width, num_classes, conv=conv)
     return [Replace(p, head, slot="head") for p in [path, *_others(anatomy, path)]]
 
@@ -64,6 +66,7 @@ class KeepsHead:
     swap_rank = 1
 
     def reset_classifier(self, *args: Any, **kwargs: Any) -> None:
+        """Replace the backbone's classifier and put every adapter's placements there back in."""
         super().reset_classifier(*args, **kwargs)  # type: ignore[misc]
         from .adapter import activate, active, adapters, insert
         from .graft import existing_point
@@ -73,7 +76,8 @@ class KeepsHead:
             for _, placement in adapter.placements:
                 home = model.get_submodule(placement.home) if placement.home else model
                 point = existing_point(home)
-                if point is None or name not in point.adapters or placement.slot not in point.adapters[name]:
+                own = point.adapters[name] if point is not None and name in point.adapters else nn.ModuleDict()
+                if placement.slot not in own:  # type: ignore[operator]
                     insert(model, name, placement)
         for parameter in model.get_submodule(_head_of(model)).parameters():
             parameter.requires_grad_(any(parameter is p for a in adapters(model).values() for p in a.parameters()))
@@ -84,5 +88,3 @@ def _head_of(model: nn.Module) -> str:
     found = model.get_classifier()  # type: ignore[operator]
     found = found[0] if isinstance(found, (tuple, list)) else found
     return next((path for path, module in model.named_modules() if module is found), "")
-
-

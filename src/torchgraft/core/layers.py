@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-CONVS: dict[tuple[int, bool], type[_ConvNd]] = {
+CONVS: dict[tuple[int, bool], Any] = {
     (1, False): nn.Conv1d,
     (2, False): nn.Conv2d,
     (3, False): nn.Conv3d,
@@ -26,8 +26,8 @@ CONVS: dict[tuple[int, bool], type[_ConvNd]] = {
     (2, True): nn.ConvTranspose2d,
     (3, True): nn.ConvTranspose3d,
 }
-_FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_FUNCTIONS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 def is_conv(module: nn.Module) -> bool:
@@ -188,9 +188,7 @@ class ConvGeometry:
         fresh = ConvGeometry.keeping_size(self.dims, kernel, max(self.stride))
         return dataclasses.replace(fresh, stride=self.stride, padding_mode=self.padding_mode)
 
-    def build(
-        self, in_channels: int, out_channels: int, *, groups: int = 1, bias: bool = True
-    ) -> nn.Module:
+    def build(self, in_channels: int, out_channels: int, *, groups: int = 1, bias: bool = True) -> _ConvNd:
         """A plain convolution with this geometry (never weight-standardised).
 
         Args:
@@ -199,9 +197,14 @@ class ConvGeometry:
             groups: Groups; must divide both.
             bias: Whether it has a bias.
         """
-        common: dict[str, Any] = {"stride": self.stride, "dilation": self.dilation, "groups": groups, "bias": bias}
+        common: dict[str, Any] = {
+            "stride": self.stride,
+            "dilation": self.dilation,
+            "groups": groups,
+            "bias": bias,
+        }
         if self.same:
-            return Conv2dSame(in_channels, out_channels, self.kernel, **common)  # type: ignore[arg-type]
+            return Conv2dSame(in_channels, out_channels, self.kernel, **common)
         common |= {"padding": self.padding, "padding_mode": self.padding_mode}
         if self.transposed:
             common["output_padding"] = self.output_padding
@@ -215,14 +218,19 @@ class ConvGeometry:
             )
         padding = self.padding
         if self.same:
-            x, padding = pad_same(x, list(self.kernel), list(self.stride), list(self.dilation)), (0,) * self.dims
+            x, padding = (
+                pad_same(x, list(self.kernel), list(self.stride), list(self.dilation)),
+                (0,) * self.dims,
+            )
         elif self.padding_mode != "zeros":
             x, padding = F.pad(x, self._pad_list(), mode=self.padding_mode), (0,) * self.dims
         return _FUNCTIONS[self.dims](x, weight, None, self.stride, padding, self.dilation, groups)
 
     def _pad_list(self) -> list[int]:
         if isinstance(self.padding, str):
-            total = [d * (k - 1) if self.padding == "same" else 0 for d, k in zip(self.dilation, self.kernel, strict=True)]
+            total = [
+                d * (k - 1) if self.padding == "same" else 0 for d, k in zip(self.dilation, self.kernel, strict=True)
+            ]
             sides = [(t // 2, t - t // 2) for t in total]
         else:
             sides = [(p, p) for p in self.padding]

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .adapter import HEAD_SLOT, attach, build
+from .adapter import HEAD_SLOT, activate, attach, build
 from .anatomy import Anatomy
-from .method import Method, method as resolve
+from .frozen import own_parameters
+from .method import Method
+from .method import method as resolve
 from .probe import Example, guesses
 
 
@@ -88,8 +90,11 @@ class Plan:
         if self.head_parameters:
             rows.append(f"{'head':<{width}}  {'':<10}  {self.head_parameters:>12,}")
         if self.flops is not None and self.flops_added is not None:
-            share = 100 * self.flops_added / max(self.flops, 1)
-            rows.append(f"forward: {self.flops / 1e9:.2f} GFLOP + {self.flops_added / 1e9:.3f} ({share:+.1f} %) for input {self.input}")
+            more = 100 * self.flops_added / max(self.flops, 1)
+            rows.append(
+                f"forward: {self.flops / 1e9:.2f} GFLOP + {self.flops_added / 1e9:.3f} ({more:+.1f} %) "
+                f"for input {self.input}"
+            )
         if self.saved_bytes is not None:
             rows.append(f"kept for the backward: {self.saved_bytes / 2**20:.1f} MiB per input (plain path)")
         rows.append(f"adapter file: {self.file_bytes / 1e3:.0f} kB in float32")
@@ -115,7 +120,11 @@ def plan(
         model: The backbone.
         method: As for :func:`torchgraft.attach`.
         input_size: Side of the image in pixels; default: the model's own.
-        num_classes: Likewise as for ``attach``; also ``include``, ``exclude``, ``batchnorm``, ``example``.
+        num_classes: Outputs of the adapter's own head; None: no head.
+        include: Only these modules, as for ``attach``.
+        exclude: Not these modules, as for ``attach``.
+        batchnorm: BatchNorm policy, as for ``attach``.
+        example: Input ``(args, kwargs)`` of the dry run, as for ``attach``.
 
     Raises:
         GraftError: Whatever ``attach`` would raise.
@@ -133,11 +142,11 @@ def plan(
         if placement.slot == HEAD_SLOT:
             head += count
         elif count:
-            layer = sum(p.numel() for p in anatomy.module(placement.home).parameters())
+            layer = own_parameters(anatomy.module(placement.home))
             rows.append(PlannedSite(anatomy.address(placement.home), placement.home, placement.kind, count, layer))
     total = sum(r.parameters for r in rows)
     classifier = anatomy.module(anatomy.head) if anatomy.head else nn.Identity()
-    backbone = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in classifier.parameters())
+    backbone = own_parameters(model) - own_parameters(classifier)
     costs = _costs(model, config, anatomy, num_classes, include, exclude, batchnorm, example)
     from .fingerprint import architecture
 
@@ -199,13 +208,24 @@ def _costs(
     if anatomy.trace is None or anatomy.trace.input is None:
         return None, None, None
     ghost = meta_copy(model).eval()
+    activate(ghost, None)
     try:
-        run = _on_meta(example) if example else next(
-            g for g in guesses(ghost, _side(anatomy.trace.input)) if _first(g).shape == anatomy.trace.input
+        run = (
+            _on_meta(example)
+            if example
+            else next(g for g in guesses(ghost, _side(anatomy.trace.input)) if _first(g).shape == anatomy.trace.input)
         )
         plain = _flops(ghost, run)
-        attach(ghost, config, num_classes=num_classes, include=include, exclude=exclude, batchnorm=batchnorm,
-               name="plan-of-this-method", example=run)  # fmt: skip
+        attach(
+            ghost,
+            config,
+            name="plan-of-this-method",
+            num_classes=num_classes,
+            include=include,
+            exclude=exclude,
+            batchnorm=batchnorm,
+            example=run,
+        )
         added = _flops(ghost, run) - plain
         return plain, added, saved_bytes(ghost, run)
     except (RuntimeError, NotImplementedError, TypeError, StopIteration):

@@ -31,10 +31,18 @@ from ..core.placements import Parallel, Placement, Point, Sequential, Train
 from ..errors import GraftError, nearest
 from .forms.conv_bottleneck import ConvBottleneck, Init, bottleneck_width
 
-INVERTED = (
-    "InvertedResidual DepthwiseSeparableConv EdgeResidual ConvBnAct CondConvResidual UniversalInvertedResidual "
-    "MBConv FusedMBConv MbConvBlock GhostBottleneck"
-).split()
+INVERTED = [
+    "InvertedResidual",
+    "DepthwiseSeparableConv",
+    "EdgeResidual",
+    "ConvBnAct",
+    "CondConvResidual",
+    "UniversalInvertedResidual",
+    "MBConv",
+    "FusedMBConv",
+    "MbConvBlock",
+    "GhostBottleneck",
+]
 """Block classes whose published form is residual-parallel."""
 
 Scheme = Literal["auto", "conv-parallel", "conv-sequential", "residual-parallel", "residual-sequential"]
@@ -201,7 +209,12 @@ class ConvAdapter(Method):
         largest = max((max(g.kernel) for g in convs), default=3)
         kernel = self.kernel if isinstance(self.kernel, int) else largest
         if (self.kernel == "official" or self._official) and block.kind in INVERTED:
-            point_wise = ("InvertedResidual", "DepthwiseSeparableConv", "CondConvResidual", "UniversalInvertedResidual")
+            point_wise = (
+                "InvertedResidual",
+                "DepthwiseSeparableConv",
+                "CondConvResidual",
+                "UniversalInvertedResidual",
+            )
             kernel = 1 if block.kind in point_wise else kernel
         host = next((g for g in convs if max(g.kernel) == largest and max(g.stride) == stride), None)
         if host is None or self._official or not strided:
@@ -218,11 +231,13 @@ class ConvAdapter(Method):
             module = anatomy.module(path)
             if is_conv(module):
                 return Point(path, "input")
-            acts = hasattr(module, "act") and not isinstance(module.act, nn.Identity)
-            if (activation_like(module, "") and not list(module.children())) or (is_norm(module) and acts):
-                if calls[path].count == 1:
-                    return Point(path, "output")
-        raise GraftError(f"conv-adapter: add_point='post-act' finds no activation behind {site.path!r}; use add_point='conv'")
+            alone = bool(activation_like(module, "")) and not list(module.children())
+            inside_norm = is_norm(module) and not isinstance(getattr(module, "act", nn.Identity()), nn.Identity)
+            if (alone or inside_norm) and calls[path].count == 1:
+                return Point(path, "output")
+        raise GraftError(
+            f"conv-adapter: add_point='post-act' finds no activation behind {site.path!r}; use add_point='conv'"
+        )
 
     def _norms(self, anatomy: Anatomy, adapted: set[str]) -> list[Placement]:
         named = [s for s in anatomy.find("norm") if "norm" in s.path.rpartition(".")[2]]
@@ -230,7 +245,8 @@ class ConvAdapter(Method):
         final = [s for s in named if s.block is None and s not in layers and not is_batchnorm(anatomy.module(s.path))]
         chosen = [s for s in layers + final if s.block is None or s.block in adapted]
         return [
-            Train(s.path, {n: p for n, p in anatomy.module(s.path)._parameters.items() if p is not None}) for s in chosen
+            Train(s.path, {n: p for n, p in anatomy.module(s.path)._parameters.items() if p is not None})
+            for s in chosen
         ]
 
     def _add_point(self, anatomy: Anatomy) -> str:

@@ -155,8 +155,9 @@ class Batches(L.LightningDataModule):
         """The position that training would go on from: epoch and batch, both counted from 0."""
         assert self.trainer is not None
         loop = self.trainer.fit_loop
-        epoch = loop.epoch_progress.current.processed
-        inside = loop.epoch_progress.current.started > epoch
+        progress: Any = loop.epoch_progress.current
+        epoch = progress.processed
+        inside = progress.started > epoch
         return {"epoch": epoch, "batch": loop.epoch_loop.batch_progress.current.ready if inside else 0}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:

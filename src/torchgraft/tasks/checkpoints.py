@@ -28,9 +28,7 @@ class AtomicCheckpointIO(CheckpointIO):
         with replacing(path) as temporary:
             temporary.write_bytes(buffer.getbuffer())
 
-    def load_checkpoint(
-        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
         """Read a checkpoint without executing anything in it."""
         return read_checkpoint(Path(path))
 
@@ -51,9 +49,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds, from pickle's to RuntimeError
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise GraftError(
-            f"checkpoint {path} is damaged or not one of torchgraft's: {reason[:200]}"
-        ) from error
+        raise GraftError(f"checkpoint {path} is damaged or not one of torchgraft's: {reason[:200]}") from error
 
 
 class RunCheckpoints(Checkpoint):

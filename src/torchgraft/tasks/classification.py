@@ -66,7 +66,7 @@ class ClassificationTask(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Set the order of the images."""
-        loaders = self.trainer.datamodule
+        loaders = getattr(self.trainer, "datamodule", None)
         if isinstance(loaders, Batches):
             loaders.start_epoch(self.current_epoch)
 
@@ -111,7 +111,7 @@ class ClassificationTask(L.LightningModule):
         if not torch.isfinite(loss):
             raise GraftError(self._diverged("the training loss", loss.item(), step))
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What a checkpoint holds of the model: the adapter's tensors."""
         return self.adapter.state_dict()
 
@@ -121,11 +121,11 @@ class ClassificationTask(L.LightningModule):
 
     def _score(self, part: str, scores: Scores, logits: Tensor, labels: Tensor) -> None:
         scores.update_with(logits, labels)
-        for name, metric in scores.items():
+        for name, metric in scores.metrics():
             self.log(f"{part}_{name}", metric, on_step=False, on_epoch=True)
 
     def _diverged(self, what: str, value: float, step: int) -> str:
         return (
-            f"{what} became {value} at step {step + 1} (epoch {self.current_epoch + 1});"
-            f" the last good state is in checkpoints/last.ckpt; lower lr (now {self.config.lr:g}) or set precision=32"
+            f"{what} became {value} at step {step + 1} (epoch {self.current_epoch + 1}); the last good"
+            f" state is in checkpoints/last.ckpt; lower lr (now {self.config.lr:g}) or set precision=32"
         )

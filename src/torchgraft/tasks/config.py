@@ -33,9 +33,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     data: str = Field(description="folder, CSV file or sample:NAME that load_data understands")
-    out: Path | None = Field(
-        None, description="run folder to create; none: the next free runs/DATA-BACKBONE-METHOD"
-    )
+    out: Path | None = Field(None, description="run folder to create; none: the next free runs/DATA-BACKBONE-METHOD")
 
     backbone: str = Field("tf_efficientnet_lite0", description="name of a timm or torchgraft backbone")
     weights: str | None = Field(None, description="weights file or bundled asset; none: the backbone's own")
@@ -55,14 +53,10 @@ class TrainConfig(BaseModel):
     )
     batch_size: int = Field(16, ge=1, description="images a step and device (batches are evened out)")
     accumulate: int = Field(1, ge=1, description="batches whose gradients are summed before a step")
-    optimizer: Literal["adamw", "sgd"] = Field(
-        "adamw", description="AdamW, or SGD with Nesterov momentum 0.9"
-    )
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with Nesterov momentum 0.9")
     lr: float = Field(5e-3, gt=0, description="peak learning rate of the adapter, per step")
     head_lr: float | None = Field(None, gt=0, description="peak learning rate of the head; none: lr")
-    weight_decay: float = Field(
-        1e-4, ge=0, description="decoupled (AdamW) or L2 (SGD) decay; never on 1-D parameters"
-    )
+    weight_decay: float = Field(1e-4, ge=0, description="decoupled (AdamW) or L2 (SGD) decay; never on 1-D parameters")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="learning rate after the warm-up")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine")
     warmup: float = Field(0.1, ge=0, lt=1, description="fraction of all steps with a linearly rising rate")
@@ -202,9 +196,7 @@ def check_names(values: Mapping[str, Any], where: str = "option") -> None:
     """Raise a `GraftError` with the nearest name for the first key that is no setting."""
     for name in values:
         if name not in TrainConfig.model_fields:
-            raise GraftError(
-                f"{where}: there is no setting {name!r}; {nearest(name, TrainConfig.model_fields)}"
-            )
+            raise GraftError(f"{where}: there is no setting {name!r}; {nearest(name, TrainConfig.model_fields)}")
 
 
 def bare_method(method: str) -> str:

@@ -93,9 +93,7 @@ class History(L.Callback):
             "peak_cuda_mb": peak_cuda_mb(),
         }
         self.rows.append({name: row.get(name) for name in COLUMNS})
-        extra = {
-            name: row[name] for name in ("lr", "head_lr", "images_per_second", "peak_rss_mb", "peak_cuda_mb")
-        }
+        extra = {name: row[name] for name in ("lr", "head_lr", "images_per_second", "peak_rss_mb", "peak_cuda_mb")}
         for logger in trainer.loggers:
             logger.log_metrics({n: v for n, v in extra.items() if v is not None}, step=trainer.global_step)
         if trainer.is_global_zero:
@@ -106,9 +104,7 @@ class History(L.Callback):
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in self.rows
-        )
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in self.rows)
         write_text(self.path, text.getvalue())
 
     def state_dict(self) -> dict[str, Any]:

@@ -96,9 +96,7 @@ def load_classifier(
     folder = adapter_folder(path)
     task = core.read_task(folder)
     if task is None or task.get("task") != "classification":
-        raise GraftError(
-            f"{folder}: task.json is missing or is not a classification's; train it with torchgraft train"
-        )
+        raise GraftError(f"{folder}: task.json is missing or is not a classification's; train it with torchgraft train")
     try:
         classes, backbone, transform = tuple(task["classes"]), dict(task["backbone"]), task["transform"]
         name, source = backbone["name"], backbone["weights"]
@@ -231,16 +229,12 @@ def predict(
         for _, error in batch:
             path = str(paths[len(done)])
             done.append(
-                Prediction(path, [], error)
-                if error
-                else Prediction(path, _top(next(rows), classifier.classes, top))
+                Prediction(path, [], error) if error else Prediction(path, _top(next(rows), classifier.classes, top))
             )
     return done
 
 
-def predict_logits(
-    classifier: Classifier, images: ImageDataset, *, batch_size: int = 32, workers: int = 0
-) -> Tensor:
+def predict_logits(classifier: Classifier, images: ImageDataset, *, batch_size: int = 32, workers: int = 0) -> Tensor:
     """Logits (N, K) of all images of a data set, in order."""
     loader = DataLoader(
         images.with_transform(classifier.transform),
@@ -263,10 +257,7 @@ def mistakes(logits: Tensor, labels: Tensor, ids: Sequence[str], classes: Sequen
     confidence, predicted = logits.softmax(1).max(1)
     wrong = (predicted != labels).nonzero().flatten()
     order = wrong[confidence[wrong].argsort(descending=True, stable=True)][:WORST].tolist()
-    return [
-        Mistake(ids[i], classes[int(labels[i])], classes[int(predicted[i])], float(confidence[i]))
-        for i in order
-    ]
+    return [Mistake(ids[i], classes[int(labels[i])], classes[int(predicted[i])], float(confidence[i])) for i in order]
 
 
 class _Files(Dataset):

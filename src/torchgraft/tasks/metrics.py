@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
@@ -32,10 +34,14 @@ class Scores(nn.ModuleDict):
         if num_classes > TOP_K:
             self["top5"] = accuracy(top_k=TOP_K)
 
+    def metrics(self) -> Iterator[tuple[str, Metric]]:
+        """The metrics by name."""
+        return ((name, cast(Metric, module)) for name, module in self.items())
+
     def update_with(self, logits: Tensor, labels: Tensor) -> None:
         """Add a batch: logits (N, K), class numbers (N,)."""
         logits = logits.detach().float()
-        for name, metric in self.items():
+        for name, metric in self.metrics():
             if name == "loss":
                 metric.update(F.cross_entropy(logits, labels), weight=len(labels))
             else:

@@ -44,9 +44,7 @@ class ProgressDisplay(L.Callback):
             transient=True,
         )
         self._bar.start()
-        self._task = self._bar.add_task(
-            "training", total=self.total_steps, completed=trainer.global_step, numbers=""
-        )
+        self._task = self._bar.add_task("training", total=self.total_steps, completed=trainer.global_step, numbers="")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -86,9 +84,7 @@ class ProgressDisplay(L.Callback):
         """Close the bar."""
         self._close()
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Close the bar, so that the error stands below it."""
         self._close()
 

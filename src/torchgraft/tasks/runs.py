@@ -27,11 +27,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-
 from ..atomic import write_text
 from ..errors import GraftError
 from .config import TrainConfig, read_config
+from .devices import is_first_process
 
 # What a run may have written; an overwrite removes these and nothing else.
 _FILES = ("config.yaml", "environment.json", "metrics.csv", "train_ids.json", "summary.json", "report.html")
@@ -104,15 +103,11 @@ class RunFolder:
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return
         if not self.is_run():
-            raise GraftError(
-                f"out: {self.path} is not empty and holds no torchgraft run; choose another folder"
-            )
+            raise GraftError(f"out: {self.path} is not empty and holds no torchgraft run; choose another folder")
         if resume:
             self._check_same(config)
         elif not overwrite:
-            raise GraftError(
-                f"out: {self.path} holds a run already; choose another folder, resume or overwrite"
-            )
+            raise GraftError(f"out: {self.path} holds a run already; choose another folder, resume or overwrite")
 
     def create(self, config: TrainConfig, *, resume: bool) -> None:
         """Write ``config.yaml``; without ``resume`` first remove what an earlier run left.
@@ -164,7 +159,7 @@ def run_folder(config: TrainConfig, *, resume: bool = False) -> RunFolder:
     number = 1
     while (path := Path("runs") / _numbered(name, number)).exists():
         number += 1
-    if rank_zero_only.rank == 0:
+    if is_first_process():
         return RunFolder(path)
     # The first process made its folder before it started the others of a data-parallel run.
     return RunFolder(Path("runs") / _numbered(name, max(1, number - 1)))

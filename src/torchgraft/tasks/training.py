@@ -14,7 +14,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
@@ -33,7 +32,7 @@ from .checkpoints import (
 )
 from .classification import ClassificationTask
 from .config import TrainConfig
-from .devices import check_devices, pick_device
+from .devices import check_devices, is_first_process, pick_device
 from .history import History, peak_cuda_mb, peak_rss_mb
 from .inference import Classifier, mistakes, predict_logits
 from .metrics import Report, report
@@ -43,9 +42,7 @@ from .runs import RunFolder, describe_environment, run_folder, write_json
 from .surroundings import EventFiles, deterministic, orderly_errors, quiet_lightning
 
 
-def train(
-    config: TrainConfig, *, resume: bool = False, overwrite: bool = False, progress: bool = True
-) -> RunResult:
+def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False, progress: bool = True) -> RunResult:
     """Train an adapter, write the run folder and score the result on the held-out part.
 
     Args:
@@ -63,7 +60,7 @@ def train(
             became NaN or infinite.
     """
     folder = run_folder(config, resume=resume)
-    leader = rank_zero_only.rank == 0
+    leader = is_first_process()
     if leader:
         folder.check(config, resume=resume, overwrite=overwrite)
         if resume and folder.summary.is_file():
@@ -209,7 +206,7 @@ def _finish(job: _Job, folder: RunFolder, device: torch.device, run: _Fit) -> Ru
     scores, logits = _score(classifier, held_out, config)
     val = scores if part == "val" else _score(classifier, job.data.val, config)[0]
     head, adapted = adapter.head_parameters(), adapter.num_parameters()
-    if rank_zero_only.rank == 0:
+    if is_first_process():
         adapter.save(folder.adapter, task=_task_record(job, part, scores, val.accuracy))
     result = RunResult(
         out=folder.path,
@@ -244,15 +241,13 @@ def _finish(job: _Job, folder: RunFolder, device: torch.device, run: _Fit) -> Ru
         stopped_early=run.stopped_early,
         history=run.history.rows,
     )
-    if rank_zero_only.rank == 0:
+    if is_first_process():
         write_json(folder.summary, result.to_dict())
     return result
 
 
 def _score(classifier: Classifier, images: ImageDataset, config: TrainConfig) -> tuple[Report, torch.Tensor]:
-    logits = predict_logits(
-        classifier, images, batch_size=eval_batch_size(config), workers=config.workers or 0
-    )
+    logits = predict_logits(classifier, images, batch_size=eval_batch_size(config), workers=config.workers or 0)
     return report(logits, torch.tensor(images.labels)), logits
 
 

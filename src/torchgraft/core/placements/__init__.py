@@ -12,7 +12,19 @@ from .weight import WeightDelta
 
 PLACEMENTS: dict[str, type[Placement]] = {
     c.kind: c
-    for c in (Parallel, Sequential, Stream, Affine, WeightDelta, Tokens, KeyValue, Input, Train, Replace, BatchStats)
+    for c in (
+        Parallel,
+        Sequential,
+        Stream,
+        Affine,
+        WeightDelta,
+        Tokens,
+        KeyValue,
+        Input,
+        Train,
+        Replace,
+        BatchStats,
+    )
 }
 """Every placement by its kind, for the table in the documentation."""
 

@@ -22,6 +22,8 @@ class Affine(Placement):
     """
 
     kind: ClassVar[str] = "affine"
+    scale: nn.Parameter | None
+    shift: nn.Parameter | None
 
     def __init__(
         self,
@@ -53,8 +55,10 @@ class Affine(Placement):
 
     def folded(self, module: nn.Module) -> dict[str, Tensor]:
         """New weight and bias of ``module`` that do the same; computed in float32."""
-        weight = module._parameters["weight"].float()  # type: ignore[union-attr]
-        scale = weight.new_ones(out_channels(module)) if self.scale is None else self.scale.float()  # type: ignore[arg-type]
+        held = module._parameters["weight"]
+        assert held is not None
+        weight = held.float()
+        scale = weight.new_ones(out_channels(module) or 1) if self.scale is None else self.scale.float()
         shift = weight.new_zeros(scale.shape) if self.shift is None else self.shift.float()
         old = module._parameters.get("bias")
         bias = weight.new_zeros(scale.shape) if old is None else old.float()

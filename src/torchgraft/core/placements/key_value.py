@@ -32,7 +32,13 @@ class KeyValue(Placement):
     kind: ClassVar[str] = "key_value"
 
     def __init__(
-        self, form: nn.Module, home: str, *, key: str | None = None, value: str | None = None, slot: str | None = None
+        self,
+        form: nn.Module,
+        home: str,
+        *,
+        key: str | None = None,
+        value: str | None = None,
+        slot: str | None = None,
     ) -> None:
         super().__init__(home, slot)
         self.form, self.key, self.value = form, key, value

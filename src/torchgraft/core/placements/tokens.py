@@ -26,9 +26,7 @@ class Tokens(Placement):
 
     kind: ClassVar[str] = "tokens"
 
-    def __init__(
-        self, form: nn.Module, first: str, last: str, *, prefix: int = 0, slot: str | None = None
-    ) -> None:
+    def __init__(self, form: nn.Module, first: str, last: str, *, prefix: int = 0, slot: str | None = None) -> None:
         super().__init__(first, slot)
         self.form, self.first, self.last, self.prefix = form, first, last, prefix
         self.count = 0

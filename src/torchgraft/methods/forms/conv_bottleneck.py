@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ...core.layers import CONVS, ConvGeometry, make_activation
 
@@ -48,7 +49,7 @@ class ConvBottleneck(nn.Module):
         super().__init__()
         self.conv1 = geometry.build(in_channels, width, groups=width)
         self.act = make_activation(act)
-        self.conv2 = CONVS[geometry.dims, False](width, out_channels, 1)  # type: ignore[arg-type]
+        self.conv2: _ConvNd = CONVS[geometry.dims, False](width, out_channels, 1)
         self.scale = nn.Parameter(torch.ones(out_channels, *[1] * geometry.dims))
         self.reset(init)
 
@@ -65,14 +66,19 @@ class ConvBottleneck(nn.Module):
                 taps = math.prod(conv.kernel_size)
                 nn.init.normal_(conv.weight, std=math.sqrt(2.0 / (taps * conv.out_channels / conv.groups)))
             if init in ("kaiming", "trunc", "fan_out"):
-                nn.init.zeros_(conv.bias)
+                _zero(conv.bias)
         if init == "zero":
             nn.init.zeros_(self.conv2.weight)
-            nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+            _zero(self.conv2.bias)
 
     def forward(self, u: Tensor) -> Tensor:
         """Map (N, C_in, *space) to (N, C_out, *space')."""
         return self.scale * self.conv2(self.act(self.conv1(u)))
+
+
+def _zero(bias: Tensor | None) -> None:
+    if bias is not None:
+        nn.init.zeros_(bias)
 
 
 def bottleneck_width(in_channels: int, reduction: float) -> int:

@@ -1,0 +1,163 @@
+"""Write the reference pages that the library can answer itself: the command line and the support table.
+
+Run by ``make docs`` before the site is built. What it writes is kept in the repository, so that the pages can
+be read there too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
+from torch import Tensor, nn
+from typer.main import get_command
+
+import torchgraft as tg
+from torchgraft.core.layers import ConvGeometry, is_conv, kind_of
+from torchgraft.core.method import methods
+from torchgraft.core.placements import Affine, Parallel, Sequential, Train, WeightDelta
+
+REFERENCE = Path(__file__).parent / "reference"
+WIDTH = 96  # columns of a code block on a page of the site
+
+# One layer of every kind that a backbone of timm or torchvision is made of.
+LAYERS: tuple[nn.Module, ...] = (
+    nn.Conv2d(8, 8, 3),
+    nn.Conv2d(8, 8, 3, groups=2),
+    nn.Conv2d(8, 8, 3, groups=8),
+    nn.Conv2d(8, 8, 3, dilation=2),
+    nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
+    Conv2dSame(8, 8, 3, stride=2),
+    StdConv2d(8, 8, 3),
+    ScaledStdConv2d(8, 8, 3),
+    nn.Conv1d(8, 8, 3),
+    nn.Conv3d(8, 8, 3),
+    nn.ConvTranspose2d(8, 8, 2, stride=2),
+    nn.Linear(8, 8),
+    nn.MultiheadAttention(8, 2),
+    nn.Embedding(8, 8),
+    nn.BatchNorm2d(8),
+    nn.LayerNorm(8),
+    nn.GroupNorm(2, 8),
+)
+# The placements that act at single layers; the others belong to blocks, sequences or the image.
+PLACEMENTS = (Parallel, Sequential, Affine, WeightDelta, Train)
+
+
+def main() -> None:
+    """Write both pages."""
+    (REFERENCE / "cli.md").write_text(command_line(), encoding="utf-8")
+    (REFERENCE / "support.md").write_text(support(), encoding="utf-8")
+
+
+def command_line() -> str:
+    """The page of the command line: the help of torchgraft and of every verb."""
+    parts = ["# Command line\n", "What `torchgraft --help` and `torchgraft VERB --help` print.\n"]
+    for verb, text in _helps():
+        lines = "\n".join(line.rstrip() for line in text.strip().splitlines())
+        parts += [f"## {verb}\n"] if verb else []
+        parts.append(f"```text\n{lines}\n```\n")
+    return "\n".join(parts)
+
+
+def support() -> str:
+    """The page with layer kinds as rows, methods and placements as columns."""
+    tried = {name: [adapts(name, layer) for layer in LAYERS] for name in methods()}
+    said = {p.__name__: [p.supports(layer).forward for layer in LAYERS] for p in PLACEMENTS}
+    return f"""# Layers
+
+Written by `make docs`, which tries every method at every kind of layer.
+
+## Methods
+
+*yes*: the method was attached to a small network around such a layer and trained for two steps; the output
+changed, every tensor of the method got a gradient, and detaching gave the old output back, bit for bit. -: it
+does not act there. Methods that act elsewhere (on the image, beside the network, on the head) have no column.
+
+{_table({name: cells for name, cells in tried.items() if any(cells)})}
+
+## Placements
+
+What a placement says that it can do at a layer: the building blocks for methods of your own.
+
+{_table(said)}
+"""
+
+
+def adapts(method: str, layer: nn.Module) -> bool:
+    """Whether a method, attached to nothing but ``layer``, trains there and can be taken off again."""
+    torch.manual_seed(0)
+    host = Host(layer).eval()
+    image = torch.randn(2, 3, *[8] * host.dims)
+    before = host(image)
+    try:
+        adapter = tg.attach(host, method, include="layer", example=((image,), {}))
+    except tg.GraftError:
+        return False
+    acts = "layer" in [site.path for site in adapter.sites]
+    tensors = list(adapter.parameters())
+    reached: set[int] = set()
+    for _ in range(2 if tensors else 0):  # what starts at zero lets gradient through from the second step on
+        for tensor in tensors:
+            tensor.grad = None
+        (host(image).square().sum() + 0 * sum(t.sum() for t in tensors)).backward()
+        reached |= {id(t) for t in tensors if t.grad is not None and t.grad.any()}
+        with torch.no_grad():
+            for tensor in tensors:
+                tensor.sub_(tensor.grad, alpha=0.1)  # type: ignore[arg-type]
+    changed = not torch.equal(host(image), before)
+    tg.detach(host)
+    return acts and changed and len(reached) == len(tensors) and torch.equal(host(image), before)
+
+
+class Host(nn.Module):
+    """A stem, the layer, and a classifier."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.dims = ConvGeometry.of(layer).dims if is_conv(layer) else 2
+        conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[self.dims]
+        self.stem, self.layer, self.head = conv(3, 8, 3, padding=1), layer, nn.Linear(8, 4)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(N, 3, *space) to (N, 4)."""
+        x = self.stem(image)
+        if is_conv(self.layer) or isinstance(self.layer, (nn.BatchNorm2d, nn.GroupNorm)):
+            return self.head(torch.tanh(self.layer(x)).flatten(2).mean(2))
+        tokens = x.flatten(2).transpose(1, 2)
+        if isinstance(self.layer, nn.MultiheadAttention):
+            tokens = self.layer(tokens, tokens, tokens)[0]
+        elif isinstance(self.layer, nn.Embedding):
+            tokens = self.layer(tokens.argmax(2))
+        else:
+            tokens = self.layer(tokens)
+        return self.head(torch.tanh(tokens).mean(1))
+
+
+def _table(columns: dict[str, list[bool]]) -> str:
+    """A column of answers per name, one row per layer of ``LAYERS``."""
+    lines = [f"| layer | {' | '.join(f'`{name}`' for name in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for layer, cells in zip(LAYERS, zip(*columns.values(), strict=True), strict=True):
+        marks = " | ".join("yes" if cell else "-" for cell in cells)
+        lines.append(f"| `{kind_of(layer)}` ({type(layer).__name__}) | {marks} |")
+    return "\n".join(lines)
+
+
+def _helps() -> Iterator[tuple[str, str]]:
+    """Verb (empty for torchgraft itself) and its help."""
+    with contextlib.redirect_stdout(io.StringIO()):  # away from a terminal the help is plain text
+        from torchgraft.cli.app import app
+    program = get_command(app)
+    settings = {**program.context_settings, "terminal_width": WIDTH, "max_content_width": WIDTH}
+    context = program.context_class(program, info_name="torchgraft", **settings)
+    yield "", program.get_help(context)
+    for verb, command in program.commands.items():  # type: ignore[attr-defined]
+        yield verb, command.get_help(command.context_class(command, info_name=verb, parent=context))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import json
+
+from .conftest import BACKBONE, one_line_error
+
+
+def test_the_plan_counts_what_training_will_train(cli, run):
+    spoken = cli(
+        "plan", BACKBONE, "--method", "conv-adapter", "--image-size", 32, "--num-classes", 2, "--json"
+    )
+    assert spoken.code == 0, spoken.err
+    trained = json.loads((run / "summary.json").read_text())
+    numbers = {value for value in json.loads(spoken.out).values() if isinstance(value, int)}
+    assert trained["adapter_params"] in numbers
+
+
+def test_people_get_a_table_and_the_command_to_train(cli):
+    spoken = cli("plan", BACKBONE, "--method", "conv-adapter[reduction=2]", "--image-size", 32)
+    assert spoken.code == 0, spoken.err
+    assert "stages[0].blocks[0]" in spoken.out
+    assert f"torchgraft train FOLDER --backbone {BACKBONE} --method 'conv-adapter[reduction=2]'" in spoken.out
+
+
+def test_an_unknown_backbone_is_one_line_with_the_nearest_name(cli):
+    line = one_line_error(cli("plan", "resnet5", "--method", "bitfit"))
+    assert "resnet50" in line
+
+
+def test_an_unknown_method_is_one_line_with_the_nearest_name(cli):
+    assert "bitfit" in one_line_error(cli("plan", BACKBONE, "--method", "bitfitt"))

@@ -1,0 +1,3 @@
+"""Builders of the system ``baselines``."""
+
+FORMS = {}

@@ -1,0 +1,104 @@
+"""What a builder returns: one published system, built by us, that a golden case can be run on.
+
+Our side addresses every tensor by our own name. ``convert`` maps tensors under official names to ours; the
+same map serves the state, the gradients and the state after the forward.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Config = Mapping[str, Any]
+Tensors = dict[str, Tensor]
+
+
+class StateError(Exception):
+    """A state dict lacks a key, or holds one that has no place in our system."""
+
+
+class GoldenCase(ABC):
+    """A system under test. Built in evaluation mode; ``train`` switches it."""
+
+    @abstractmethod
+    def name_of(self, key: str) -> str | None:
+        """Our name for an official key, or None when a converter may drop it.
+
+        Raises:
+            StateError: The key is unknown.
+        """
+
+    @abstractmethod
+    def state(self) -> Tensors:
+        """Our name -> the parameter or buffer that acts on the outputs; every one must be loaded."""
+
+    @abstractmethod
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters among ``state()``; those that train have ``requires_grad``."""
+
+    @abstractmethod
+    def adapter_parameters(self) -> set[str]:
+        """The names that the method adds, head excluded."""
+
+    @abstractmethod
+    def frozen(self) -> Tensors:
+        """What no forward or backward may change, down to the bit."""
+
+    @abstractmethod
+    def train(self, mode: bool) -> None:
+        """Switch between training and evaluation."""
+
+    @abstractmethod
+    def run(self, inputs: Tensors) -> Tensors:
+        """One forward; returns every tensor that the case names as an output."""
+
+    @abstractmethod
+    def loss(self, outputs: Tensors) -> Tensor:
+        """The scalar behind the reference's gradients."""
+
+    def convert(self, tensors: Mapping[str, Tensor]) -> Tensors:
+        """Official names and layouts -> ours; what may be dropped is dropped."""
+        ours = self.state()
+        converted: Tensors = {}
+        for key, tensor in tensors.items():
+            name = self.name_of(key)
+            if name is None:
+                continue
+            if name not in ours:
+                raise StateError(f"official key {key!r} has no place: we have no tensor {name!r}")
+            converted[name] = _same_layout(key, tensor, ours[name])
+        return converted
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Load an official state dict; every official key is used and every tensor of ours is set.
+
+        Raises:
+            StateError: A key is missing or unknown; nothing was loaded then.
+        """
+        ours, converted = self.state(), self.convert(state)
+        if missing := sorted(ours.keys() - converted.keys()):
+            raise StateError(f"the state dict has nothing for {', '.join(missing)}")
+        with torch.no_grad():
+            for name, tensor in converted.items():
+                ours[name].copy_(tensor)
+
+    def counts(self) -> dict[str, int]:
+        """Our parameter counts under the names of the JSON file."""
+        parameters = self.parameters()
+        adapter = self.adapter_parameters()
+        return {
+            "param_count": sum(p.numel() for p in parameters.values()),
+            "trainable_count": sum(p.numel() for p in parameters.values() if p.requires_grad),
+            "adapter_count": sum(p.numel() for name, p in parameters.items() if name in adapter),
+        }
+
+
+def _same_layout(key: str, tensor: Tensor, ours: Tensor) -> Tensor:
+    """Add or drop axes of length one (a scale per channel, a classifier kept as a 1x1 convolution)."""
+    if [n for n in tensor.shape if n != 1] != [n for n in ours.shape if n != 1]:
+        raise StateError(f"{key}: shape {tuple(tensor.shape)} does not fit ours, {tuple(ours.shape)}")
+    return tensor.reshape(ours.shape)

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+
+import torchgraft as tg
+from torchgraft.errors import GraftError
+from torchgraft.tasks import configure, default_recipe, list_recipes, load_recipe
+
+
+@pytest.mark.parametrize("name", tg.core.methods())
+def test_every_registered_method_has_a_recipe_for_itself(name):
+    assert tg.method(default_recipe(name)["method"]).name == name
+    assert configure("photos", method=name).method == name
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_bundled_recipe_is_valid_and_names_an_existing_method(name):
+    config = configure("photos", recipe=name)
+    assert tg.method(config.method)
+
+
+def test_a_method_without_a_recipe_gets_the_defaults():
+    assert default_recipe("somebody-elses-method") == {}
+
+
+def test_an_unknown_recipe_names_the_nearest_one():
+    with pytest.raises(GraftError, match="neither a bundled recipe nor a file; did you mean 'conv-adapter'"):
+        load_recipe("conv-adaptor")
+
+
+@pytest.mark.parametrize("text", ["lr: [1", "- a\n- b\n", "just words", "1: 2"])
+def test_a_file_that_is_no_recipe_is_one_line(tmp_path, text):
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    with pytest.raises(GraftError) as error:
+        load_recipe(path)
+    assert "own.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_recipe_changes_nothing(tmp_path):
+    (tmp_path / "own.yaml").write_text("# nothing\n")
+    assert load_recipe(tmp_path / "own.yaml") == {}
