@@ -25,9 +25,7 @@ def blocks(page: Path, *languages: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PROGRAMS)
-def test_the_python_of_a_page_runs_as_one_program(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_python_of_a_page_runs_as_one_program(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The future import must stand first in a file, and stands in a later block of CONTRIBUTING.md.
     future = "from __future__ import annotations\n"
     text = future + "\n".join(blocks(ROOT / page, "python")).replace(future, "")

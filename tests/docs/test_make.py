@@ -53,9 +53,7 @@ def test_an_interpreter_that_is_too_old_is_named_in_one_line(checkout: Path) -> 
 
 
 @pytest.mark.parametrize(("target", "stamp"), [("demo", ".demo"), ("test", ".dev"), ("docs", ".docs")])
-def test_nothing_is_installed_when_the_stamp_is_newer_than_pyproject(
-    checkout: Path, target: str, stamp: str
-) -> None:
+def test_nothing_is_installed_when_the_stamp_is_newer_than_pyproject(checkout: Path, target: str, stamp: str) -> None:
     assert "pip install" in make(checkout, "-n", target).stdout
     interpreter = checkout / ".venv" / "bin" / "python"
     interpreter.parent.mkdir(parents=True)

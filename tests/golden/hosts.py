@@ -55,11 +55,13 @@ def resnetv2(config: Config) -> ResNetV2:
         num_classes=0,
         stem_chs=config["stem_width"],
         stem_type="fixed",
+        bottle_ratio=1.0,
         conv_layer=conv,
     )
     width = config["stem_width"]
     for i, (out, mid, depth) in enumerate(zip(outs, mids, units, strict=True)):
-        # timm has one bottleneck ratio for the whole network and projects the first skip of every stage.
+        # The stages again: timm has one bottleneck ratio for the whole network, and projects the first skip of
+        # every stage.
         stage = ResNetStage(
             width,
             out,

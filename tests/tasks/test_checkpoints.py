@@ -45,7 +45,7 @@ def test_reading_a_checkpoint_executes_nothing(tmp_path):
     with pytest.raises(GraftError, match="damaged or not one of torchgraft's"):
         AtomicCheckpointIO().load_checkpoint(path)
     assert not mark.exists()
-    path.write_bytes(pickle.dumps(Trap(str(mark))))
+    path.write_bytes(pickle.dumps(Trap(str(mark)), protocol=2))
     with pytest.raises(GraftError):
         read_checkpoint(path)
     assert not mark.exists()

@@ -36,3 +36,10 @@ def test_running_scores_over_uneven_batches_equal_the_report():
     assert float(running["loss"].compute()) == pytest.approx(whole.loss)
     assert float(running["accuracy"].compute()) == pytest.approx(whole.accuracy)
     assert float(running["top5"].compute()) == pytest.approx(whole.top5)
+
+
+def test_a_loss_that_is_no_number_is_not_hidden():
+    running = Scores(3)
+    running.update_with(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([1]))
+    running.update_with(torch.full((1, 3), float("nan")), torch.tensor([1]))
+    assert math.isnan(float(running["loss"].compute()))

@@ -3,6 +3,6 @@
 Nothing heavy is imported before a verb runs, so ``torchgraft --help`` answers at once.
 """
 
-from .app import app, main
+from .verbs import app, main
 
 __all__ = ["app", "main"]

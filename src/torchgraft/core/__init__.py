@@ -4,13 +4,16 @@ from .adapter import Adapter, activate, active, adapters, attach, detach
 from .anatomy import Anatomy, Site, anatomy
 from .checkpoint import load, read_config, read_task, read_tensors, save
 from .fingerprint import fingerprint
+from .merge import MergeReport, merge, unmerge
 from .method import Combination, Method, method, methods, register
 from .plan import Plan, plan, saved_bytes
+from .routing import route
 
 __all__ = [
     "Adapter",
     "Anatomy",
     "Combination",
+    "MergeReport",
     "Method",
     "Plan",
     "Site",
@@ -22,6 +25,7 @@ __all__ = [
     "detach",
     "fingerprint",
     "load",
+    "merge",
     "method",
     "methods",
     "plan",
@@ -29,6 +33,8 @@ __all__ = [
     "read_task",
     "read_tensors",
     "register",
+    "route",
     "save",
     "saved_bytes",
+    "unmerge",
 ]

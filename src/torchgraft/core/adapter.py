@@ -159,6 +159,7 @@ class Registry:
     adapters: dict[str, Adapter]
     active: str | None
     requires_grad: dict[str, bool]
+    merged: Any = None
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -250,6 +251,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             raise GraftError(f"the model has no adapter {name!r}; nothing is attached to it")
         return
     names = list(registry.adapters) if name is None else [_known(registry, name)]
+    if registry.merged is not None:
+        raise GraftError(f"adapter {registry.merged.name!r} is merged into the weights; unmerge first")
     for one in names:
         del registry.adapters[one]
     if registry.active in names:
@@ -281,6 +284,8 @@ def activate(model: nn.Module, name: str | None) -> None:
         if name is None:
             return
         raise GraftError(f"the model has no adapter {name!r}; nothing is attached to it")
+    if registry.merged is not None and name != registry.merged.name:
+        raise GraftError(f"adapter {registry.merged.name!r} is merged into the weights; unmerge first")
     registry.active = None if name is None else _known(registry, name)
     for module in model.modules():
         point = existing_point(module)
@@ -440,6 +445,13 @@ def _tensors_of(out: Any) -> Iterator[Tensor]:
     elif isinstance(out, (tuple, list)):
         for value in out:
             yield from _tensors_of(value)
+
+
+def registry_of(model: nn.Module) -> Registry:
+    """The registry of a model that has adapters."""
+    registry = _registry(model)
+    assert registry is not None
+    return registry
 
 
 def _registry(model: nn.Module) -> Registry | None:

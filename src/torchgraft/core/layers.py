@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from ..swap import original_class
+
 CONVS: dict[tuple[int, bool], Any] = {
     (1, False): nn.Conv1d,
     (2, False): nn.Conv2d,
@@ -44,7 +46,7 @@ def is_norm(module: nn.Module) -> bool:
     """Whether ``module`` is a normalisation layer with (or without) an affine part, from any library."""
     if isinstance(module, (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
         return True
-    name = type(module).__name__
+    name = original_class(module).__name__
     leaf = any(p is not None for p in module._parameters.values())
     return leaf and ("LayerNorm" in name or "RMSNorm" in name or "BatchNorm" in name or "GroupNorm" in name)
 
@@ -88,7 +90,7 @@ def kind_of(module: nn.Module) -> str:
         return "attention"
     if isinstance(module, nn.Embedding):
         return "embedding"
-    return type(module).__name__.lower()
+    return original_class(module).__name__.lower()
 
 
 def in_channels(module: nn.Module) -> int | None:
@@ -114,7 +116,7 @@ def channel_axis(module: nn.Module) -> int:
     if isinstance(module, (_ConvNd, _BatchNorm, nn.GroupNorm)):
         return 1
     if is_norm(module):
-        first = "2d" in type(module).__name__ or getattr(module, "data_format", "") == "channels_first"
+        first = "2d" in original_class(module).__name__ or getattr(module, "data_format", "") == "channels_first"
         return 1 if first else -1
     return -1
 
@@ -243,7 +245,7 @@ def activation_like(block: nn.Module, default: str = "relu") -> str:
     The first activation module wins; ``default`` when the block holds none.
     """
     for module in block.modules():
-        name = _ACTIVATION_NAMES.get(type(module).__name__.removeprefix("Grafted"))
+        name = _ACTIVATION_NAMES.get(original_class(module).__name__)
         if name is not None:
             return name
     return default

@@ -124,7 +124,7 @@ def _decode(path: Path) -> str | None:
     try:
         with Image.open(path) as image:
             image.draft("RGB", (32, 32))
-            pass
+            image.load()
             if image.mode == "F":
                 to_rgb(image)
     except Exception as error:

@@ -28,7 +28,8 @@ class Scores(nn.ModuleDict):
     """
 
     def __init__(self, num_classes: int) -> None:
-        # validate_args would read every batch back from the device.
+        # validate_args would read every batch back from the device, and so would the search for NaN, which
+        # would also hide from us what it finds.
         accuracy = functools.partial(MulticlassAccuracy, num_classes, average="micro", validate_args=False)
         super().__init__({"loss": MeanMetric(nan_strategy="disable"), "accuracy": accuracy()})
         if num_classes > TOP_K:
@@ -43,7 +44,7 @@ class Scores(nn.ModuleDict):
         logits = logits.detach().float()
         for name, metric in self.metrics():
             if name == "loss":
-                metric.update(F.cross_entropy(logits, labels), weight=len(labels))
+                metric.update(F.cross_entropy(logits, labels, reduction="none"))
             else:
                 metric.update(logits, labels)
 

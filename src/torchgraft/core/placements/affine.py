@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ...swap import original_class
 from ..graft import Args, Kwargs, first_output, replace_output
 from ..layers import channel_axis, is_batchnorm, is_conv, is_norm, is_standardised, out_channels
 from .base import Hook, Placement, Support
@@ -80,7 +81,7 @@ class Affine(Placement):
             return Support(True, False, "the activation inside the layer stands between its weight and its output")
         if is_conv(module) or isinstance(module, nn.Linear) or is_norm(module) or is_batchnorm(module):
             return Support(True, True)
-        return Support(True, False, f"{type(module).__name__} has no weight per output channel")
+        return Support(True, False, f"{original_class(module).__name__} has no weight per output channel")
 
 
 def affine_for(module: nn.Module, path: str, *, scale: bool = True, shift: bool = True) -> Affine:
@@ -89,7 +90,7 @@ def affine_for(module: nn.Module, path: str, *, scale: bool = True, shift: bool 
 
     width = out_channels(module)
     if width is None:
-        raise ValueError(f"affine: {path} ({type(module).__name__}) has no fixed number of output channels")
+        raise ValueError(f"affine: {path} ({original_class(module).__name__}) has no fixed number of output channels")
     return Affine(
         path,
         nn.Parameter(torch.ones(width)) if scale else None,

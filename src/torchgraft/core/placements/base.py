@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from ...swap import original_class
+
 Side = Literal["input", "output"]
 
 
@@ -77,4 +79,4 @@ class Placement(nn.Module):
     @classmethod
     def supports(cls, module: nn.Module) -> Support:
         """What this placement can do at ``module``."""
-        return Support(True, False, f"{cls.kind} has no form that folds into {type(module).__name__}")
+        return Support(True, False, f"{cls.kind} has no form that folds into {original_class(module).__name__}")

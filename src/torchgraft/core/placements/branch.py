@@ -133,6 +133,8 @@ class Parallel(Placement):
 class _Sender:
     """The source half of a tapped :class:`Parallel`."""
 
+    reads_only = True
+
     def __init__(self, placement: Parallel) -> None:
         self.placement = placement
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...swap import original_class
 from ..graft import Args, Kwargs, first_output, first_tensor, replace_output
 from .base import Hook, Placement, Support
 
@@ -78,7 +79,9 @@ class KeyValue(Placement):
         """Attention modules with a fused ``qkv`` and what goes with it."""
         if all(hasattr(module, name) for name in ("qkv", "proj", "num_heads", "scale")):
             return Support(True, False, "extra keys and values are no change of a weight")
-        return Support(False, False, f"{type(module).__name__} has no fused qkv; name its key and value layers")
+        return Support(
+            False, False, f"{original_class(module).__name__} has no fused qkv; name its key and value layers"
+        )
 
 
 class _Rows:

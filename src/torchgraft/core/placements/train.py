@@ -27,7 +27,7 @@ class Train(Placement):
     functional: ClassVar[bool] = True
 
     def __init__(self, home: str, parameters: dict[str, Tensor], *, slot: str | None = None) -> None:
-        super().__init__(home, slot)
+        super().__init__(home, slot or "trained")
         self.names = tuple(parameters)
         for name, value in parameters.items():
             copy = torch.empty_like(value, device="meta") if _planning() else value.detach().clone()

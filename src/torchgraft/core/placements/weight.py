@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...swap import original_class
 from ..graft import Args, Kwargs, first_output, first_tensor, replace_output
 from ..layers import ConvGeometry, is_conv, is_standardised
 from .base import Hook, Placement, Support
@@ -92,4 +93,4 @@ class WeightDelta(Placement):
             return Support(True, False, "the layer standardises its weight: the sum is no such weight")
         if is_conv(module) or isinstance(module, (nn.Linear, nn.Embedding, nn.MultiheadAttention)):
             return Support(True, True)
-        return Support(False, False, f"{type(module).__name__} has no weight matrix or kernel")
+        return Support(False, False, f"{original_class(module).__name__} has no weight matrix or kernel")

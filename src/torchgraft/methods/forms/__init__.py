@@ -1,5 +1,6 @@
-"""Forms: the small modules that several methods share. Each stands once."""
+"""Forms: the small modules and choices that several methods share. Each stands once."""
 
 from .conv_bottleneck import ConvBottleneck
+from .copies import copies
 
-__all__ = ["ConvBottleneck"]
+__all__ = ["ConvBottleneck", "copies"]

@@ -1,0 +1,69 @@
+"""Linear probing: the classifier alone.
+
+    y = W f(x) + b        f frozen
+
+With ``num_classes`` the adapter's own head is all there is; without it a copy of the backbone's classifier
+trains. ``norm=True`` is what the published Conv-Adapter code (commit 97e1fc8) calls linear: there every
+parameter whose name starts with ``norm`` trains too. That is the final LayerNorm or GroupNorm of ConvNeXt, Swin
+and BiT, and on a ResNet a *new* BatchNorm on the last map before pooling; EfficientNet and the CLIP ResNets have
+neither.
+
+Parameters: d * classes + classes, and 2 d more with ``norm``. 100 classes: ResNet-50 204,900 (208,996),
+ConvNeXt-T 76,900 (78,436). Mergeable: nothing stands in the backbone, but for the new BatchNorm, which no layer
+follows. Start: a fresh head; the features are the pretrained ones (the new BatchNorm normalises them).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from ..core.anatomy import Anatomy
+from ..core.layers import is_batchnorm, is_norm
+from ..core.method import Method, register
+from ..core.placements import Placement, Point, Sequential
+from ..swap import original_class
+from .forms import copies
+
+
+@register("linear")
+@dataclasses.dataclass(frozen=True)
+class Linear(Method):
+    """Config of linear probing.
+
+    Attributes:
+        norm: Also train the final norm, as the published code does; a new BatchNorm on ResNets.
+    """
+
+    norm: bool = False
+
+    def placements(self, anatomy: Anatomy) -> list[Placement]:
+        """A copy of the classifier; nothing where the model has none and its own head is asked for."""
+        placed: list[Placement] = []
+        if anatomy.head is not None:
+            within = anatomy.head + "."
+            placed += copies(anatomy, lambda path, module, name: f"{path}.".startswith(within))
+        if self.norm:
+            placed += copies(anatomy, lambda path, module, name: path == _final_norm(anatomy))
+            if _is_resnet(anatomy):
+                end = Point(anatomy.stages[-1].root, "output")
+                placed.append(Sequential(nn.BatchNorm2d(anatomy.shape(end)[1]), end, skip=False, slot="norm"))
+        return placed
+
+
+def _final_norm(anatomy: Anatomy) -> str | None:
+    """The last LayerNorm or GroupNorm, when no block or stage holds it."""
+    inside = tuple(f"{s.root}." for s in anatomy.stages)
+    for path, module in reversed(anatomy.modules.items()):
+        if is_norm(module) and not is_batchnorm(module):
+            return None if f"{path}.".startswith(inside) else path
+    return None
+
+
+def _is_resnet(anatomy: Anatomy) -> bool:
+    """Whether the blocks come from a library's file on the original ResNet."""
+    if not anatomy.blocks:
+        return False
+    block = original_class(anatomy.module(anatomy.blocks[0].path))
+    return block.__module__.rpartition(".")[2] == "resnet"
