@@ -18,8 +18,7 @@ from typer.main import get_command
 
 import torchgraft as tg
 from torchgraft.core.layers import ConvGeometry, is_conv, kind_of
-from torchgraft.core.method import methods
-from torchgraft.core.placements import Affine, Parallel, Sequential, Train, WeightDelta
+from torchgraft.core.placements import Affine, Parallel, Placement, Sequential, Train, WeightDelta
 
 REFERENCE = Path(__file__).parent / "reference"
 WIDTH = 96  # columns of a code block on a page of the site
@@ -66,8 +65,8 @@ def command_line() -> str:
 
 def support() -> str:
     """The page with layer kinds as rows, methods and placements as columns."""
-    tried = {name: [adapts(name, layer) for layer in LAYERS] for name in methods()}
-    said = {p.__name__: [p.supports(layer).forward for layer in LAYERS] for p in PLACEMENTS}
+    tried = {name: [adapts(name, layer) for layer in LAYERS] for name in tg.methods()}
+    said = {p.__name__: [says(p, layer) for layer in LAYERS] for p in PLACEMENTS}
     return f"""# Layers
 
 Written by `make docs`, which tries every method at every kind of layer.
@@ -75,10 +74,11 @@ Written by `make docs`, which tries every method at every kind of layer.
 ## Methods
 
 *yes*: the method was attached to a small network around such a layer and trained for two steps; the output
-changed, every tensor of the method got a gradient, and detaching gave the old output back, bit for bit. -: it
-does not act there. Methods that act elsewhere (on the image, beside the network, on the head) have no column.
+changed, every tensor of the method got a gradient, and detaching gave the old output back, bit for bit. *folds*:
+it was also merged into the layer, within the tolerance. -: it does not act there. Methods that act elsewhere (on
+the image, beside the network, on the head) have no column.
 
-{_table({name: cells for name, cells in tried.items() if any(cells)})}
+{_table({name: cells for name, cells in tried.items() if set(cells) != {"-"}})}
 
 ## Placements
 
@@ -88,8 +88,8 @@ What a placement says that it can do at a layer: the building blocks for methods
 """
 
 
-def adapts(method: str, layer: nn.Module) -> bool:
-    """Whether a method, attached to nothing but ``layer``, trains there and can be taken off again."""
+def adapts(method: str, layer: nn.Module) -> str:
+    """What a method does that is attached to nothing but ``layer``: ``-``, ``yes`` or ``folds``."""
     torch.manual_seed(0)
     host = Host(layer).eval()
     image = torch.randn(2, 3, *[8] * host.dims)
@@ -97,7 +97,7 @@ def adapts(method: str, layer: nn.Module) -> bool:
     try:
         adapter = tg.attach(host, method, include="layer", example=((image,), {}))
     except tg.GraftError:
-        return False
+        return "-"
     acts = "layer" in [site.path for site in adapter.sites]
     tensors = list(adapter.parameters())
     reached: set[int] = set()
@@ -110,8 +110,17 @@ def adapts(method: str, layer: nn.Module) -> bool:
             for tensor in tensors:
                 tensor.sub_(tensor.grad, alpha=0.1)  # type: ignore[arg-type]
     changed = not torch.equal(host(image), before)
+    folds = tg.merge(host, probe=image).complete
+    tg.unmerge(host)
     tg.detach(host)
-    return acts and changed and len(reached) == len(tensors) and torch.equal(host(image), before)
+    works = acts and changed and len(reached) == len(tensors) and torch.equal(host(image), before)
+    return ("folds" if folds else "yes") if works else "-"
+
+
+def says(placement: type[Placement], layer: nn.Module) -> str:
+    """What a placement answers about ``layer``: ``-``, ``yes`` or ``folds``."""
+    answer = placement.supports(layer)
+    return ("folds" if answer.merge else "yes") if answer.forward else "-"
 
 
 class Host(nn.Module):
@@ -138,19 +147,18 @@ class Host(nn.Module):
         return self.head(torch.tanh(tokens).mean(1))
 
 
-def _table(columns: dict[str, list[bool]]) -> str:
+def _table(columns: dict[str, list[str]]) -> str:
     """A column of answers per name, one row per layer of ``LAYERS``."""
     lines = [f"| layer | {' | '.join(f'`{name}`' for name in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for layer, cells in zip(LAYERS, zip(*columns.values(), strict=True), strict=True):
-        marks = " | ".join("yes" if cell else "-" for cell in cells)
-        lines.append(f"| `{kind_of(layer)}` ({type(layer).__name__}) | {marks} |")
+        lines.append(f"| `{kind_of(layer)}` ({type(layer).__name__}) | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _helps() -> Iterator[tuple[str, str]]:
     """Verb (empty for torchgraft itself) and its help."""
     with contextlib.redirect_stdout(io.StringIO()):  # away from a terminal the help is plain text
-        from torchgraft.cli.app import app
+        from torchgraft.cli import app
     program = get_command(app)
     settings = {**program.context_settings, "terminal_width": WIDTH, "max_content_width": WIDTH}
     context = program.context_class(program, info_name="torchgraft", **settings)

@@ -17,6 +17,12 @@ def test_a_wide_table_stays_on_one_line_a_row_away_from_a_terminal(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert lines[1].split() == ["x" * 300, "y" * 300]
+    assert lines[2] == "short"
+
+
+def test_columns_of_wide_characters_and_numbers_line_up(capsys):
+    console.table(("class", "images", "note"), [("猫", 5, "a"), ("dog", 1000, "b")], right=("images",))
+    assert capsys.readouterr().out == "class  images  note\n猫          5  a\ndog      1000  b\n"
 
 
 def test_brackets_and_colons_in_names_are_text_and_not_markup(capsys):

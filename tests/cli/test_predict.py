@@ -47,9 +47,7 @@ def test_an_unreadable_image_does_not_stop_the_others_but_changes_the_exit_code(
 
 
 def test_an_overlay_that_is_no_png_is_refused_before_anything_is_classified(cli, run, photos, tmp_path):
-    line = one_line_error(
-        cli("predict", run / "adapter", photos / "red" / "0.png", "--out", tmp_path / "x.jpg")
-    )
+    line = one_line_error(cli("predict", run / "adapter", photos / "red" / "0.png", "--out", tmp_path / "x.jpg"))
     assert "x.png" in line
 
 

@@ -60,9 +60,7 @@ def test_a_setting_given_in_two_ways_is_refused(cli, photos, tmp_path):
         (["--device", "gpu"], "gpu", "cuda"),
     ],
 )
-def test_a_name_that_does_not_exist_is_one_line_with_the_nearest_one(
-    cli, photos, tmp_path, words, given, offered
-):
+def test_a_name_that_does_not_exist_is_one_line_with_the_nearest_one(cli, photos, tmp_path, words, given, offered):
     line = one_line_error(cli(*train_words(photos, tmp_path / "run", *words)))
     assert given in line and offered in line
 

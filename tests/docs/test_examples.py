@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from torchgraft.cli.app import VERBS, app
+from torchgraft.cli import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -32,7 +32,8 @@ def test_the_python_of_a_page_runs_as_one_program(page: str, tmp_path: Path, mon
     program = tmp_path / "page.py"
     program.write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    # A method that a page registers is known to no other test.
+    # A method that a page registers is known to no other test; the library's own are registered before.
+    importlib.import_module("torchgraft.methods")
     module = importlib.import_module("torchgraft.core.method")
     monkeypatch.setattr(module, "_registry", dict(module._registry))
     runpy.run_path(str(program), run_name="__main__")
@@ -41,7 +42,6 @@ def test_the_python_of_a_page_runs_as_one_program(page: str, tmp_path: Path, mon
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_command_of_a_page_exists_with_its_options(page: Path) -> None:
     verbs = get_command(app).commands  # type: ignore[attr-defined]
-    assert set(verbs) == {name for name, _ in VERBS}
     inline = re.findall(r"`(torchgraft [^`]+)`", page.read_text(encoding="utf-8"))
     shown = "\n".join([*blocks(page, "sh", "bash", "console"), *inline])
     for line in re.findall(r"(?<![\w/.-])torchgraft +(.+)", shown):

@@ -60,7 +60,7 @@ class AdaptedNetwork(GoldenCase):
                 self._norms.append(prefix)
 
     def name_of(self, key: str) -> str | None:
-        if is_ignorable(key):
+        if is_ignorable(key) or self.is_dead(key):
             return None
         home = self._names.home(key)
         find = {
@@ -70,6 +70,9 @@ class AdaptedNetwork(GoldenCase):
             "head": self._in_head,
         }
         return find[home.owner](key, home)
+
+    def is_dead(self, key: str) -> bool:
+        return self._names.is_dead(key)
 
     def state(self) -> Tensors:
         backbone = {f"backbone.{k}": t for k, t in self._backbone.items() if k not in self._copies}

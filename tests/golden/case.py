@@ -60,6 +60,10 @@ class GoldenCase(ABC):
     def loss(self, outputs: Tensors) -> Tensor:
         """The scalar behind the reference's gradients."""
 
+    def is_dead(self, key: str) -> bool:
+        """Whether the official module owns this tensor and never uses it."""
+        return False
+
     def convert(self, tensors: Mapping[str, Tensor]) -> Tensors:
         """Official names and layouts -> ours; what may be dropped is dropped."""
         ours = self.state()

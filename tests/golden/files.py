@@ -101,6 +101,4 @@ def read_case(folder: Path, name: str) -> CaseFiles:
 
 def _check_names(case: str, what: str, declared: Mapping[str, Any], held: Mapping[str, Tensor]) -> None:
     if different := sorted(declared.keys() ^ held.keys()):
-        raise CaseError(
-            f"{case}: {what} of the JSON file and of the tensors differ in {', '.join(different)}"
-        )
+        raise CaseError(f"{case}: {what} of the JSON file and of the tensors differ in {', '.join(different)}")

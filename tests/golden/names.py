@@ -44,10 +44,16 @@ class Names:
     Attributes:
         rules: Pattern and replacement, as for ``re.sub``.
         extra_norm: ``norm.*`` is a BatchNorm of the adapter, not one of the backbone.
+        dead: Pattern of keys that the official module owns and never uses; we have nothing like them.
     """
 
     rules: Sequence[Rule] = ()
     extra_norm: bool = False
+    dead: str | None = None
+
+    def is_dead(self, key: str) -> bool:
+        """Whether the official module owns this tensor and never uses it."""
+        return self.dead is not None and re.search(self.dead, key) is not None
 
     def home(self, key: str) -> Home:
         """The home of one official key that is not ignorable."""
@@ -107,3 +113,17 @@ BIT = Names(
         (r"^body\.block(\d+)\.unit(\d+)\.(.*)$", _bit_unit),
     )
 )
+
+
+def repnet(*, last_blocks: int) -> Names:
+    """RepNet on a ResNet whose last stage has ``last_blocks`` blocks.
+
+    Side 0 is added to the output of the max-pool, sides 1 to 4 beside the first block of each stage, side 5
+    beside the third block of the last; the official code owns side 5 even where there is no such block.
+    """
+    rules = (
+        (r"^tuning_module\.0\.encoder\.", "maxpool.tuning_module."),
+        (r"^tuning_module\.([1-4])\.encoder\.", r"layer\1.0.tuning_module."),
+        (r"^tuning_module\.5\.encoder\.", "layer4.2.tuning_module."),
+    )
+    return Names(rules, extra_norm=True, dead=None if last_blocks > 2 else r"^tuning_module\.5\.")

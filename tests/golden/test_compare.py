@@ -11,9 +11,7 @@ TOLERANCE = Tolerance(abs=1e-3, rel=1e-2, grad_abs=2e-3, grad_rel=0.0)
 
 
 @pytest.mark.parametrize(("error", "equal"), [(0.02, True), (0.0215, False), (-0.0215, False)])
-def test_the_allowed_error_is_absolute_plus_relative_to_the_largest_expected_element(
-    error: float, equal: bool
-) -> None:
+def test_the_allowed_error_is_absolute_plus_relative_to_the_largest_expected_element(error: float, equal: bool) -> None:
     expected = torch.tensor([0.0, -2.0, 1.0])  # allowed: 1e-3 + 1e-2 * 2 = 0.021
     ours = expected + torch.tensor([error, 0.0, 0.0])
     assert (difference("x", ours, expected, absolute=1e-3, relative=1e-2) is None) is equal
@@ -54,6 +52,11 @@ def test_a_gradient_that_was_never_computed_counts_as_zeros() -> None:
 def test_counts_that_the_reference_leaves_open_are_not_compared() -> None:
     ours = {"param_count": 10, "adapter_count": 4}
     assert count_differences(ours, {"param_count": 10, "adapter_count": None}) == []
-    assert count_differences(ours, {"param_count": 11, "adapter_count": 4}) == [
-        "param_count: 10, expected 11"
-    ]
+    assert count_differences(ours, {"param_count": 11, "adapter_count": 4}) == ["param_count: 10, expected 11"]
+
+
+def test_the_total_counts_the_dead_parameters_of_the_official_module() -> None:
+    ours = {"param_count": 10, "adapter_count": 4}
+    assert count_differences(ours, {"param_count": 13, "adapter_count": 4}, dead=3) == []
+    assert count_differences(ours, {"param_count": 13, "adapter_count": 7}, dead=3) == []
+    assert len(count_differences(ours, {"param_count": 10, "adapter_count": 5}, dead=3)) == 2

@@ -56,9 +56,7 @@ def test_half_a_case_is_found_and_refused(tmp_path: Path) -> None:
         ({"inputs": {"x": {"shape": [3]}}}, "input 'x' has shape"),
     ],
 )
-def test_a_contradiction_between_the_files_is_refused(
-    tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_a_contradiction_between_the_files_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     write_case(tmp_path, **changes)
     with pytest.raises(CaseError, match=message):
         read_case(tmp_path, "c")
@@ -78,9 +76,7 @@ def test_a_tensor_outside_the_schema_is_refused(tmp_path: Path) -> None:
         ({"config": {"form": "modules"}}, "the config lacks 'modules'"),
     ],
 )
-def test_an_unknown_system_form_or_config_is_refused(
-    tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_an_unknown_system_form_or_config_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     write_case(tmp_path, **changes)
     with pytest.raises(CaseError, match=message):
         build(read_case(tmp_path, "c"))

@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import torchgraft as tg
 from torchgraft.backbones import create_backbone
 from torchgraft.errors import GraftError
-from torchgraft.tasks import TrainConfig, read_config, read_result, train
+from torchgraft.tasks import ClassificationTask, TrainConfig, read_config, read_result, train
 from torchgraft.tasks.checkpoints import read_checkpoint
 from torchgraft.tasks.runs import RunFolder, run_folder
 
@@ -204,6 +205,38 @@ def test_cuda_where_there_is_none_is_one_line(tiny, tmp_path, monkeypatch):
     with pytest.raises(GraftError, match="'cuda' was asked for, but PyTorch finds none") as error:
         train(tiny(out=tmp_path / "run", device="cuda"), progress=False)
     assert "\n" not in str(error.value)
+
+
+def test_half_precision_on_the_processor_is_one_line(tiny, tmp_path):
+    with pytest.raises(GraftError, match="'16-mixed' needs a GPU"):
+        train(tiny(out=tmp_path / "run", precision="16-mixed"), progress=False)
+
+
+def test_an_interrupt_stays_an_interrupt_and_the_run_can_be_resumed(finished, tiny, tmp_path, monkeypatch):
+    step, handler = ClassificationTask.training_step, signal.getsignal(signal.SIGINT)
+
+    def interrupted(self, batch, batch_idx):
+        if self.global_step == 4:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    config = tiny(out=tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ClassificationTask, "training_step", interrupted)
+        train(config, progress=False)
+    assert signal.getsignal(signal.SIGINT) is handler
+    resumed = train(config, resume=True, progress=False)
+    first = tg.core.read_tensors(finished.out / "adapter")
+    assert all(torch.equal(v, first[k]) for k, v in tg.core.read_tensors(resumed.out / "adapter").items())
+
+
+def test_too_little_memory_says_what_to_lower(tiny, tmp_path, monkeypatch):
+    def exhausted(self, batch, batch_idx):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(ClassificationTask, "training_step", exhausted)
+    with pytest.raises(GraftError, match="lower batch_size"):
+        train(tiny(out=tmp_path / "run"), progress=False)
 
 
 def test_resuming_a_finished_run_returns_its_result(finished, tiny):

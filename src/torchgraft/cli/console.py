@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
@@ -48,22 +49,29 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Itera
         right: Headings whose column is aligned to the right.
     """
     numeric = set(right)
-    box = SIMPLE_HEAD if TERMINAL else None
-    grid = Table(box=box, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    if not TERMINAL:
+        _print_plain([list(columns), *cells], [name in numeric for name in columns])
+        return
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name in columns:
         grid.add_column(name, justify="right" if name in numeric else "left", overflow="fold")
-    for row in rows:
-        grid.add_row(*("" if cell is None else str(cell) for cell in row))
+    for row in cells:
+        grid.add_row(*row)
     _console().print(grid)
 
 
 def pairs(rows: Iterable[tuple[str, Any]]) -> None:
     """Print names and values in two columns."""
+    cells = [[name, str(value)] for name, value in rows]
+    if not TERMINAL:
+        _print_plain(cells, [False, False])
+        return
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
-    for name, value in rows:
-        grid.add_row(name, str(value))
+    for row in cells:
+        grid.add_row(*row)
     _console().print(grid)
 
 
@@ -86,8 +94,20 @@ def results_only(active: bool) -> Iterator[None]:
 def _console() -> Console:
     # Made anew each time: tests and callers exchange sys.stdout. Class names and method texts hold brackets
     # and colons, so nothing is read as markup.
-    plain: dict[str, Any] = {} if TERMINAL else {"width": 10_000, "no_color": True, "force_terminal": False}
-    return Console(file=sys.stdout, markup=False, highlight=False, emoji=False, **plain)
+    terminal = None if TERMINAL else False
+    return Console(file=sys.stdout, markup=False, highlight=False, emoji=False, force_terminal=terminal)
+
+
+def _print_plain(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> None:
+    """Columns two spaces apart, as wide as they need to be, without spaces at the ends of the lines."""
+    lines = [[" ".join(cell.split("\n")) for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        padded = [
+            " " * (width - cell_len(cell)) + cell if flush else cell + " " * (width - cell_len(cell))
+            for cell, width, flush in zip(line, widths, right, strict=True)
+        ]
+        sys.stdout.write("  ".join(padded).rstrip() + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -19,9 +19,7 @@ torchgraft demo --task animals --out runs/animals"""
 
 def run(
     compare: Annotated[bool, typer.Option("--compare", help="Fine-tune the whole backbone too.")] = False,
-    task: Annotated[
-        str, typer.Option("--task", metavar="NAME", help="counting, animals or orientation.")
-    ] = "counting",
+    task: Annotated[str, typer.Option("--task", metavar="NAME", help="counting, animals or orientation.")] = "counting",
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Where everything goes; an earlier demo is replaced.")
     ] = Path("runs/demo"),

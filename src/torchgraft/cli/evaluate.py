@@ -45,17 +45,14 @@ def run(
         ("data", f"{result.data}, {result.part} part"),
         (
             "accuracy",
-            f"{percent(result.accuracy)} of {result.n:,} images"
-            f" (95% interval {percent(low)} to {percent(high)})",
+            f"{percent(result.accuracy)} of {result.n:,} images (95% interval {percent(low)} to {percent(high)})",
         ),
         ("loss", f"{result.loss:.4f}"),
     ]
     if result.top5 is not None:
         summary.insert(2, ("top-5 accuracy", percent(result.top5)))
     if result.skipped:
-        summary.append(
-            ("left out", f"{len(result.skipped)} unreadable images, {result.skipped[0][0]} the first")
-        )
+        summary.append(("left out", f"{len(result.skipped)} unreadable images, {result.skipped[0][0]} the first"))
     pairs(summary)
     say()
     rows = [

@@ -47,10 +47,7 @@ def run(
     say()
     table(
         ("tensor", "shape", "dtype", "values"),
-        [
-            (t["name"], "x".join(map(str, t["shape"])), t["dtype"], f"{t['values']:,}")
-            for t in facts["tensors"]
-        ],
+        [(t["name"], "x".join(map(str, t["shape"])), t["dtype"], f"{t['values']:,}") for t in facts["tensors"]],
         right=("values",),
     )
     next_command("Use it:", f"torchgraft predict {adapter} IMAGE...", f"torchgraft eval {adapter} DATA")
@@ -86,9 +83,7 @@ def _tensors(path: Path) -> list[dict[str, Any]]:
             for name in sorted(file.keys()):
                 part = file.get_slice(name)
                 shape = list(part.get_shape())
-                rows.append(
-                    {"name": name, "shape": shape, "dtype": part.get_dtype(), "values": math.prod(shape)}
-                )
+                rows.append({"name": name, "shape": shape, "dtype": part.get_dtype(), "values": math.prod(shape)})
     except SafetensorError as error:
         raise GraftError(f"{path} is damaged or incomplete ({error}); copy the adapter again") from None
     return rows

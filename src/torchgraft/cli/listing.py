@@ -58,9 +58,7 @@ def run(
     elif kind is Kind.samples:
         next_command("Train on one of them:", "torchgraft train sample:NAME")
     elif kind is Kind.sites:
-        next_command(
-            "Adapt some of them only:", f"torchgraft train DATA --backbone {pattern} -o include=ADDRESS"
-        )
+        next_command("Adapt some of them only:", f"torchgraft train DATA --backbone {pattern} -o include=ADDRESS")
 
 
 def _methods(pattern: str | None) -> list[dict[str, Any]]:
@@ -91,9 +89,7 @@ def _assets(pattern: str | None) -> list[dict[str, Any]]:
 def _samples(pattern: str | None) -> list[dict[str, Any]]:
     from torchgraft.data import list_samples
 
-    return [
-        dataclasses.asdict(sample) for sample in list_samples() if pattern is None or pattern in sample.name
-    ]
+    return [dataclasses.asdict(sample) for sample in list_samples() if pattern is None or pattern in sample.name]
 
 
 def _recipes(pattern: str | None) -> list[dict[str, Any]]:
@@ -142,9 +138,10 @@ _SHOWN: dict[Kind, Callable[[dict[str, Any]], dict[str, Any]]] = {
     },
     Kind.recipes: lambda row: {"name": row["name"], "settings": _settings(row["settings"])},
     Kind.sites: lambda row: {
-        **{name: row[name] for name in ("address", "path", "role", "kind")},
+        **{name: row[name] for name in ("address", "role", "kind")},
         "channels": "" if row["in_channels"] is None else f"{row['in_channels']} -> {row['out_channels']}",
         "kernel": "x".join(map(str, row["kernel"] or ())),
+        "path": row["path"],
     },
 }
 """How a row of the JSON document looks in the table."""

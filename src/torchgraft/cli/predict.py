@@ -25,12 +25,8 @@ OVERLAY = 60
 
 def run(
     adapter: AdapterDir,
-    images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGES...", help="Image files or folders of images.")
-    ],
-    top: Annotated[
-        int, typer.Option("--top", metavar="K", min=1, help="How many classes of each image to name.")
-    ] = 1,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Image files or folders of images.")],
+    top: Annotated[int, typer.Option("--top", metavar="K", min=1, help="How many classes of each image to name.")] = 1,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="FILE.png", help="Draw the images with their classes into a file."),
@@ -54,9 +50,7 @@ def run(
     else:
         _show(answers)
         if out is None:
-            next_command(
-                "Draw the answers into a picture:", f"torchgraft predict {adapter} IMAGE... --out FILE.png"
-            )
+            next_command("Draw the answers into a picture:", f"torchgraft predict {adapter} IMAGE... --out FILE.png")
     for answer in answers:
         if answer.error is not None:
             note(f"error: {answer.path}: {answer.error}")

@@ -31,20 +31,14 @@ def run(
     method: Annotated[
         str | None, typer.Option("--method", metavar="METHOD", help="Method with options: NAME[KEY=VALUE].")
     ] = None,
-    epochs: Annotated[
-        int | None, typer.Option("--epochs", metavar="N", help="Passes over the images.")
-    ] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", metavar="N", help="Passes over the images.")] = None,
     lr: Annotated[float | None, typer.Option("--lr", metavar="RATE", help="Peak learning rate.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", metavar="N", help="Images in one step.")
-    ] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", metavar="N", help="Images in one step.")] = None,
     image_size: ImageSize = None,
     shots: Annotated[
         int | None, typer.Option("--shots", metavar="K", help="Use K training images of each class.")
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", metavar="N", help="Start of all random choices.")
-    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Start of all random choices.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Run folder; default: a new one in runs/.")
     ] = None,
@@ -56,9 +50,7 @@ def run(
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option(
-            "-o", "--option", metavar="KEY=VALUE", help="Any other setting; can be given repeatedly."
-        ),
+        typer.Option("-o", "--option", metavar="KEY=VALUE", help="Any other setting; can be given repeatedly."),
     ] = None,
     weights: Weights = None,
     no_pretrained: Annotated[
@@ -100,16 +92,12 @@ def run(
 
         more = parse_options(option or [])
         if twice := sorted(given.keys() & more.keys()):
-            raise GraftError(
-                f"{twice[0]} is set twice, by --{twice[0].replace('_', '-')} and by -o; leave one out"
-            )
+            raise GraftError(f"{twice[0]} is set twice, by --{twice[0].replace('_', '-')} and by -o; leave one out")
         config = configure(data, recipe=recipe, **given, **more)
         folder = run_folder(config, resume=resume).path
         note(f"run folder: {folder}")
         try:
-            result = run_training(
-                config.model_copy(update={"out": folder}), resume=resume, overwrite=overwrite
-            )
+            result = run_training(config.model_copy(update={"out": folder}), resume=resume, overwrite=overwrite)
             if not _is_first_process():
                 return
             write_report(result, folder)

@@ -81,6 +81,11 @@ def _examples(text: str) -> str:
     return escape(lines) if TERMINAL else lines
 
 
+def _reflowed(docstring: str | None) -> str:
+    """A docstring with one line for each paragraph, so that it fills the window whatever its width."""
+    return "\n\n".join(" ".join(part.split()) for part in (docstring or "").split("\n\n"))
+
+
 def _write_examples(epilog: str | None, formatter: Any) -> None:
     if epilog:
         formatter.write_paragraph()
@@ -89,9 +94,9 @@ def _write_examples(epilog: str | None, formatter: Any) -> None:
 
 def _show_version(value: bool) -> None:
     if value:
-        from importlib.metadata import version
+        from ..version import VERSION
 
-        sys.stdout.write(f"torchgraft {version('torchgraft')}\n")
+        sys.stdout.write(f"torchgraft {VERSION}\n")
         raise typer.Exit
 
 
@@ -107,4 +112,6 @@ def _options(
 
 
 for _name, _module in VERBS:
-    app.command(_name, cls=VerbCommand, epilog=_examples(_module.EXAMPLES))(_module.run)
+    app.command(_name, cls=VerbCommand, help=_reflowed(_module.run.__doc__), epilog=_examples(_module.EXAMPLES))(
+        _module.run
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
 import types
 import typing
@@ -111,6 +112,7 @@ def register(name: str) -> Callable[[M], M]:
 
 def methods() -> dict[str, type[Method]]:
     """Every registered method by name."""
+    _fill()
     return {name: cls for name, cls in sorted(_registry.items()) if cls is not Combination}
 
 
@@ -120,6 +122,7 @@ def method_class(name: str) -> type[Method]:
     Raises:
         GraftError: No such method; names the nearest ones.
     """
+    _fill()
     if name not in _registry:
         raise GraftError(f"unknown method {name!r}; {nearest(name, methods())}")
     return _registry[name]
@@ -147,6 +150,11 @@ def method(spec: str | Method | Iterable[str | Method]) -> Method:
         if listed:
             return listed[0] if len(listed) == 1 else Combination(tuple(listed))
     raise GraftError(f"{spec!r} is no method; expected a name such as 'conv-adapter[reduction=4]', a config or a list")
+
+
+def _fill() -> None:
+    """Let the methods register themselves; core names none of them."""
+    importlib.import_module(f"{__name__.partition('.')[0]}.methods")
 
 
 def _parse(text: str) -> Method:

@@ -98,4 +98,4 @@ def _shuffled(members: list[int], seed: int, label: int, purpose: int) -> list[i
     if seed < 0:
         raise GraftError(f"seed={seed}: a seed must not be negative")
     # RandomState's stream is frozen by numpy's compatibility policy, default_rng's is not.
-    return np.random.RandomState([label, purpose]).permutation(members).tolist()
+    return np.random.RandomState([seed, label, purpose]).permutation(members).tolist()

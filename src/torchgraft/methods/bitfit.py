@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ..core.anatomy import Anatomy
-from ..core.layers import channel_axis, is_conv, out_channels
+from ..core.layers import channel_axis, out_channels
 from ..core.method import Method, register
 from ..core.placements import Affine, Placement
 from ..errors import GraftError
@@ -65,15 +65,13 @@ class BitFit(Method):
         return self.tables and "bias" in name
 
     def _created(self, anatomy: Anatomy) -> list[Placement]:
+        """A shift behind every bias-free convolution of a block (of the model, where it has no blocks)."""
         placed: list[Placement] = []
-        for block in anatomy.blocks:
-            for site in anatomy.inside(block.path, "spatial_conv", "conv"):
-                conv = anatomy.module(site.path)
-                inner = site.path.removeprefix(block.path + ".").split(".")
-                biased = conv._parameters.get("bias") is not None
-                if not is_conv(conv) or biased or site.fires is False or any(p in SHORTCUTS for p in inner):
-                    continue
-                if anatomy.selection(site.path, site.address):
-                    shift = nn.Parameter(torch.zeros(out_channels(conv) or 0))
-                    placed.append(Affine(site.path, None, shift, axis=channel_axis(conv), slot="bias"))
+        for site in anatomy.find("spatial_conv", "conv"):
+            conv = anatomy.module(site.path)
+            outside = site.block is None and bool(anatomy.blocks)
+            shortcut = any(part in SHORTCUTS for part in site.path.removeprefix(f"{site.block}.").split("."))
+            if conv._parameters.get("bias") is None and not outside and not shortcut and site.fires is not False:
+                shift = nn.Parameter(torch.zeros(out_channels(conv) or 0))
+                placed.append(Affine(site.path, None, shift, axis=channel_axis(conv), slot="bias"))
         return placed

@@ -58,7 +58,7 @@ class ConvAdapter(Method):
             conv-parallel (attention-parallel on transformer blocks).
         reduction: gamma; the width is the largest divisor of C_in that is at most C_in / gamma.
         kernel: ``"match"``: that of the adapted convolution; ``"official"``: 1 on inverted residuals, as
-            published; or a number.
+            published; or a number. ``"auto"``: match, or what ``preset`` says.
         add_point: ``"conv"``: added to the convolution's output; ``"post-act"``: after norm and activation,
             as in the published ResNet; ``"auto"``: conv, or what ``preset`` says.
         downsample: Also adapt the K x K convolutions between stages (ConvNeXt).
@@ -72,7 +72,7 @@ class ConvAdapter(Method):
 
     scheme: Scheme = "auto"
     reduction: float = 4
-    kernel: Literal["match", "official"] | int = "match"
+    kernel: Literal["auto", "match", "official"] | int = "auto"
     add_point: Literal["auto", "conv", "post-act"] = "auto"
     downsample: bool = True
     norms: bool = False
@@ -152,7 +152,7 @@ class ConvAdapter(Method):
                               ConvGeometry.keeping_size(geometry.dims, kernel))  # fmt: skip
             return Sequential(form, output)
         form = self._form(anatomy, site, site.in_channels, site.out_channels, geometry)
-        return Parallel(form, Point(site.path, "input"), output)
+        return Parallel(form, self._source(anatomy, site), output)
 
     def _around_block(self, anatomy: Anatomy, block: Site, scheme: str) -> Placement:
         before, after = Point(block.path, "input"), Point(block.path, "output")
@@ -186,6 +186,14 @@ class ConvAdapter(Method):
                 return Parallel(form, source, Point(path, "output"), layout=layout)
         return None
 
+    def _source(self, anatomy: Anatomy, site: Site) -> Point:
+        """The convolution's input; on BiT, as published, the raw output of conv1, before its norm and activation."""
+        if self._official and _family(anatomy) == "resnetv2" and site.block is not None:
+            before = f"{site.block}.conv1"
+            if before != site.path and before in anatomy.modules:
+                return Point(before, "output")
+        return Point(site.path, "input")
+
     # -- details ----------------------------------------------------------------------------------------
 
     def _form(self, anatomy: Anatomy, site: Site, cin: int, cout: int, geometry: ConvGeometry) -> ConvBottleneck:
@@ -208,7 +216,7 @@ class ConvAdapter(Method):
         convs = [g for g in convs if not g.transposed]
         largest = max((max(g.kernel) for g in convs), default=3)
         kernel = self.kernel if isinstance(self.kernel, int) else largest
-        if (self.kernel == "official" or self._official) and block.kind in INVERTED:
+        if (self.kernel == "official" or (self.kernel == "auto" and self._official)) and block.kind in INVERTED:
             point_wise = (
                 "InvertedResidual",
                 "DepthwiseSeparableConv",

@@ -9,8 +9,8 @@ and BiT, and on a ResNet a *new* BatchNorm on the last map before pooling; Effic
 neither.
 
 Parameters: d * classes + classes, and 2 d more with ``norm``. 100 classes: ResNet-50 204,900 (208,996),
-ConvNeXt-T 76,900 (78,436). Mergeable: nothing stands in the backbone, but for the new BatchNorm, which no layer
-follows. Start: a fresh head; the features are the pretrained ones (the new BatchNorm normalises them).
+ConvNeXt-T 76,900 (78,436). Mergeable: it is the weight (the new BatchNorm is not: no linear layer stands next to
+it). Start: the pretrained features; the new BatchNorm, with its statistics at 0 and 1, leaves them unchanged.
 """
 
 from __future__ import annotations
@@ -40,15 +40,11 @@ class Linear(Method):
 
     def placements(self, anatomy: Anatomy) -> list[Placement]:
         """A copy of the classifier; nothing where the model has none and its own head is asked for."""
-        placed: list[Placement] = []
-        if anatomy.head is not None:
-            within = anatomy.head + "."
-            placed += copies(anatomy, lambda path, module, name: f"{path}.".startswith(within))
-        if self.norm:
-            placed += copies(anatomy, lambda path, module, name: path == _final_norm(anatomy))
-            if _is_resnet(anatomy):
-                end = Point(anatomy.stages[-1].root, "output")
-                placed.append(Sequential(nn.BatchNorm2d(anatomy.shape(end)[1]), end, skip=False, slot="norm"))
+        trained = tuple(f"{p}." for p in (anatomy.head, _final_norm(anatomy) if self.norm else None) if p)
+        placed: list[Placement] = [*copies(anatomy, lambda path, module, name: f"{path}.".startswith(trained))]
+        if self.norm and _is_resnet(anatomy):
+            end = Point(anatomy.stages[-1].root, "output")
+            placed.append(Sequential(nn.BatchNorm2d(anatomy.shape(end)[1]), end, skip=False, slot="norm"))
         return placed
 
 

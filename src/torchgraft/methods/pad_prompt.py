@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.anatomy import Anatomy
+from ..core.blocks import inner_modules
 from ..core.method import Method, register
 from ..core.placements import Input, Placement
 from ..errors import GraftError
@@ -103,5 +104,5 @@ def _reader(anatomy: Anatomy, shape: tuple[int, ...] | None) -> str | None:
     if anatomy.trace is None:
         return None
     calls = anatomy.trace.calls
-    leaves = [p for p in calls if p and not list(anatomy.module(p).children())]
+    leaves = [p for p in calls if p and next(inner_modules(anatomy.module(p)), None) is None]
     return next((p for p in sorted(leaves, key=lambda p: calls[p].order) if calls[p].input == shape), None)

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from torch import nn
+
 from ..core.anatomy import Anatomy
 from ..core.method import Method, register
 from ..core.placements import Placement
@@ -51,30 +53,32 @@ class Partial(Method):
                 f"partial: k={self.k}, but {type(anatomy.model).__name__} has {len(units)} {word}; "
                 f"use k=1 to {len(units)}, or full"
             )
-        trained = tuple(f"{path}." for path in units[-self.k :])
-        start = _order(anatomy, units[-self.k])
+        trained = tuple(prefix for unit in units[-self.k :] for prefix in unit)
         blocks = tuple(f"{b.path}." for b in anatomy.blocks)
+        start = max(_done(anatomy, b.removesuffix(".")) for b in blocks if b.startswith(units[-self.k]))
 
-        def chosen(path: str, _: object, name: str) -> bool:
-            if f"{path}.".startswith(trained):
-                return True
-            between = path and not f"{path}.".startswith(blocks)
-            return bool(between) and _order(anatomy, path) > start
+        def chosen(path: str, module: nn.Module, name: str) -> bool:
+            behind = not f"{path}.".startswith(blocks) and _done(anatomy, path) > start
+            return behind or f"{path}.".startswith(trained)
 
         return [*copies(anatomy, chosen)]
 
 
-def _units(anatomy: Anatomy) -> tuple[list[str], str]:
-    """Paths of what ``k`` counts, in order, and the word for it."""
+def _units(anatomy: Anatomy) -> tuple[list[tuple[str, ...]], str]:
+    """What ``k`` counts, in order, each as the prefixes of the paths inside it, and the word for it."""
     attention = any(anatomy.inside(b.path, "attn") for b in anatomy.blocks)
     if len(anatomy.stages) > 1 and not attention:
-        return [s.root for s in anatomy.stages], "stages"
-    return [b.path for b in anatomy.blocks], "blocks"
+        # A stage whose blocks lie directly in the model has no root of its own.
+        return [
+            tuple(f"{p}." for p in ([s.root] if s.root else [b.path for b in s.blocks])) for s in anatomy.stages
+        ], "stages"
+    return [(f"{b.path}.",) for b in anatomy.blocks], "blocks"
 
 
-def _order(anatomy: Anatomy, path: str) -> float:
-    """When the module, or the last thing in it, was done in the dry run; -1: it did not run."""
+def _done(anatomy: Anatomy, path: str) -> int:
+    """When the module was done in the dry run (or, not called itself, what holds it); -1: it never ran."""
     if anatomy.trace is None:
-        return list(anatomy.modules).index(path)
-    inside = [c.order for p, c in anatomy.trace.calls.items() if p == path or p.startswith(path + ".")]
-    return max(inside, default=-1)
+        return list(anatomy.modules).index(path) if path else -1
+    while path and not anatomy.trace.fired(path):
+        path = path.rpartition(".")[0]
+    return anatomy.trace.calls[path].order if path else -1

@@ -222,7 +222,7 @@ def _bytes(figure: Figure, **options: Any) -> bytes:
 
 
 @functools.cache
-def _style() -> dict[str, Any]:
+def _style() -> Any:
     # Fonts after the first are tried glyph by glyph: class names in other scripts are drawn where the machine
     # has a font for them. Class names may contain dollar signs, which must not be read as formulas.
     wanted = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans Arabic", "PingFang SC", "Microsoft YaHei")

@@ -21,6 +21,7 @@ from .. import core
 from ..backbones import create_backbone
 from ..core import Adapter
 from ..data import ClassificationData, ImageDataset, Transforms, load_data, transforms_for
+from ..errors import GraftError
 from .batches import ADAPTER, BACKBONE, Batches, eval_batch_size, seed_everything
 from .checkpoints import (
     AtomicCheckpointIO,
@@ -67,6 +68,8 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
             return read_result(folder.summary)
     device = pick_device(config.device)
     check_devices(device, config.devices)
+    if device.type == "cpu" and config.precision == "16-mixed":
+        raise GraftError("precision '16-mixed' needs a GPU; use precision=bf16-mixed or precision=32 on the cpu")
     with isolate_rng(), deterministic(config.deterministic):
         job = _prepare(config)
         if leader:

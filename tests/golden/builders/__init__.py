@@ -24,9 +24,7 @@ def build(files: CaseFiles) -> GoldenCase:
         CaseError: There is no builder for its system or form, or a config value is missing or unknown.
     """
     if files.system not in SYSTEMS:
-        raise CaseError(
-            f"{files.name}: no builder for system {files.system!r} yet; there are {sorted(SYSTEMS)}"
-        )
+        raise CaseError(f"{files.name}: no builder for system {files.system!r} yet; there are {sorted(SYSTEMS)}")
     forms = SYSTEMS[files.system]
     if files.form not in forms:
         raise CaseError(f"{files.name}: {files.system} has no form {files.form!r}; it has {sorted(forms)}")

@@ -116,9 +116,7 @@ class WithAttentionPool(Method):
         return [*self.method.placements(anatomy), Parallel(form, source, target)]
 
 
-def _network(
-    host: nn.Module, method: Method, config: Config, mode: str, official_names: names.Names
-) -> AdaptedNetwork:
+def _network(host: nn.Module, method: Method, config: Config, mode: str, official_names: names.Names) -> AdaptedNetwork:
     return AdaptedNetwork(
         host,
         method,
