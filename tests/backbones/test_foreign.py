@@ -23,9 +23,7 @@ def cached_weights(monkeypatch):
 
 @pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1"])
 @pytest.mark.parametrize("num_classes", [None, 5, 0])
-def test_a_torchvision_model_keeps_changes_or_loses_its_classifier(
-    cached_weights, name, num_classes, recwarn
-):
+def test_a_torchvision_model_keeps_changes_or_loses_its_classifier(cached_weights, name, num_classes, recwarn):
     model = create_backbone(f"torchvision:{name}", num_classes=num_classes)
     torch.manual_seed(0)
     reference = torchvision.models.get_model(name, weights=None).eval()
@@ -66,9 +64,7 @@ def test_a_torchvision_download_that_fails_names_what_works_locally(monkeypatch,
 
     monkeypatch.setattr("torch.hub.urlopen", refuse)
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
-    with pytest.raises(
-        GraftError, match=r"torchvision:resnet18: .*Name or service not known.*--weights FILE"
-    ):
+    with pytest.raises(GraftError, match=r"torchvision:resnet18: .*Name or service not known.*--weights FILE"):
         create_backbone("torchvision:resnet18")
 
 

@@ -85,9 +85,7 @@ def test_a_feature_extractor_takes_the_weights_of_the_whole_model(tmp_path, sour
     maps = create_backbone(NAME, weights=path, features_only=True, out_indices=(2,), num_classes=7)
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(
-            maps(x)[0], whole.forward_intermediates(x, indices=[2], intermediates_only=True)[0]
-        )
+        assert torch.equal(maps(x)[0], whole.forward_intermediates(x, indices=[2], intermediates_only=True)[0])
     assert maps.torchgraft_weights.startswith("file:sha256:")
 
 

@@ -32,9 +32,7 @@ def test_the_val_part_moves_with_the_seed_and_with_nothing_else(tree):
 
 @pytest.mark.parametrize("val_name", ["val", "valid", "validation", "Val"])
 def test_part_folders_are_taken_as_they_are_named(tree, val_name):
-    root = tree(
-        {f"{p}/{c}": n for p, n in (("train", 4), (val_name, 2), ("test", 3)) for c in ("cat", "dog")}
-    )
+    root = tree({f"{p}/{c}": n for p, n in (("train", 4), (val_name, 2), ("test", 3)) for c in ("cat", "dog")})
     data = load_data(root)
     assert (len(data.train), len(data.val), len(data.test)) == (8, 4, 6)
     assert data.test.ids[0].startswith("test/cat/")

@@ -41,9 +41,7 @@ def test_a_picture_that_cannot_be_read_is_named_with_the_reason(tmp_path):
 
 
 def test_the_check_decodes_to_the_end_and_finds_what_headers_hide(tmp_path):
-    paths = [
-        save_picture(tmp_path / f"{i}.{kind}", size=(96, 96)) for i in range(30) for kind in ("jpg", "png")
-    ]
+    paths = [save_picture(tmp_path / f"{i}.{kind}", size=(96, 96)) for i in range(30) for kind in ("jpg", "png")]
     bad = [3, 40, 41]
     for i in bad:
         cut_off(paths[i])

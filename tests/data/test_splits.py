@@ -28,9 +28,7 @@ def test_fewer_shots_are_among_more_shots_of_the_same_seed():
 
 def test_more_images_of_one_class_do_not_move_the_choice_in_another():
     longer = LABELS + [2] * 7
-    assert [i for i in few_shot(LABELS, 4, 0) if LABELS[i] < 2] == [
-        i for i in few_shot(longer, 4, 0) if longer[i] < 2
-    ]
+    assert [i for i in few_shot(LABELS, 4, 0) if LABELS[i] < 2] == [i for i in few_shot(longer, 4, 0) if longer[i] < 2]
 
 
 def test_few_shot_refuses_what_it_cannot_draw():

@@ -45,9 +45,7 @@ def test_light_shows_the_whole_picture_in_evaluation_and_shifts_it_a_little_in_t
     made = transforms_for(CONFIG, mirror=False)
     plain = made.eval(gradient)
     torch.manual_seed(0)
-    moved = {
-        round(float((made.train(gradient) - plain)[0, :, 10:-10].mean() * 127.5 / 4)) for _ in range(100)
-    }
+    moved = {round(float((made.train(gradient) - plain)[0, :, 10:-10].mean() * 127.5 / 4)) for _ in range(100)}
     assert moved == set(range(-4, 5)), "every shift up to 1/14 of 56 pixels, and no other"
 
 
@@ -66,9 +64,7 @@ def test_training_mirrors_only_where_the_label_survives_it(augment, mirror):
     made = transforms_for(CONFIG, mirror=mirror, augment=augment)
     torch.manual_seed(0)
     # A crop far to one side can miss the edge, then both means are equal.
-    turned = [
-        float(x[..., :8].mean()) < float(x[..., -8:].mean()) for x in (made.train(half) for _ in range(60))
-    ]
+    turned = [float(x[..., :8].mean()) < float(x[..., -8:].mean()) for x in (made.train(half) for _ in range(60))]
     assert any(turned) == mirror
 
 
@@ -88,9 +84,7 @@ def test_a_timm_model_brings_its_own_configuration():
 def test_a_model_built_for_one_size_is_fed_that_size():
     model = timm.create_model("vit_tiny_patch16_224", img_size=64)
     assert transforms_for(model).config["input_size"] == [3, 64, 64]
-    with pytest.raises(
-        GraftError, match=r"built for 64x64 pixels; build it with create_backbone.*image_size=96"
-    ):
+    with pytest.raises(GraftError, match=r"built for 64x64 pixels; build it with create_backbone.*image_size=96"):
         transforms_for(model, image_size=96)
 
 

@@ -56,9 +56,7 @@ CONVOLUTIONS = {
 
 @pytest.mark.parametrize("size", [(17, 23), (16, 31)])
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_the_branch_has_the_output_size_of_its_convolution_at_any_image_size(
-    kind: str, size: tuple[int, int]
-) -> None:
+def test_the_branch_has_the_output_size_of_its_convolution_at_any_image_size(kind: str, size: tuple[int, int]) -> None:
     conv = CONVOLUTIONS[kind]
     adapter = tg.attach(Plain(conv), tg.ConvAdapter())
     u = torch.randn(2, 8, *size)
@@ -70,9 +68,7 @@ def test_the_branch_has_the_output_size_of_its_convolution_at_any_image_size(
 
 @pytest.mark.parametrize("size", [15, 16, 17, 18])
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (5, 2), (2, 2), (4, 3)])
-def test_a_branch_beside_a_same_padded_convolution_samples_the_same_grid(
-    size: int, kernel: int, stride: int
-) -> None:
+def test_a_branch_beside_a_same_padded_convolution_samples_the_same_grid(size: int, kernel: int, stride: int) -> None:
     host = Conv2dSame(8, 8, kernel, stride=stride, groups=8)
     adapter = tg.attach(Plain(host), tg.ConvAdapter(reduction=1, act="identity"))
     form = branch(adapter)
@@ -174,9 +170,9 @@ def test_a_convolution_named_exactly_is_adapted_even_where_the_method_would_not_
 
 
 MISTAKES = {
-    "reduction of at least 1": (dict(reduction=0.5), r"reduction=0\.5.*at least 1"),
-    "positive kernel": (dict(kernel=0), r"kernel=0.*at least 1"),
-    "known activation": (dict(act="rellu"), r"act='rellu'.*did you mean 'relu'"),
+    "reduction of at least 1": ({"reduction": 0.5}, r"reduction=0\.5.*at least 1"),
+    "positive kernel": ({"kernel": 0}, r"kernel=0.*at least 1"),
+    "known activation": ({"act": "rellu"}, r"act='rellu'.*did you mean 'relu'"),
 }
 
 

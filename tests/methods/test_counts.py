@@ -122,7 +122,5 @@ def test_the_side_network_of_resnet50_has_the_published_size() -> None:
         ("resnet50", 2, 14_964_736 + 7_098_368),
     ],
 )
-def test_partial_fine_tuning_counts_blocks_of_transformers_and_stages_of_convnets(
-    name: str, k: int, size: int
-) -> None:
+def test_partial_fine_tuning_counts_blocks_of_transformers_and_stages_of_convnets(name: str, k: int, size: int) -> None:
     assert count(name, f"partial[k={k}]") == size

@@ -101,6 +101,36 @@ def test_a_state_loads_into_a_fresh_copy_and_gives_the_same_bits(method: str, ba
     assert torch.equal(other.model(images()), adapter.model(images()))
 
 
+@pytest.mark.parametrize(("method", "backbone"), COMBINATIONS)
+def test_merging_changes_no_output_and_is_undone_to_the_bit(method: str, backbone: str) -> None:
+    adapter = supported(method, backbone)
+    train_step(adapter, lr=1e-2)
+    weights = {n: t.clone() for n, t in adapter.model.state_dict().items()}
+    apart = adapter.model(images())
+    tg.merge(adapter.model)
+    torch.testing.assert_close(adapter.model(images()), apart, rtol=2e-4, atol=2e-4)
+    tg.unmerge(adapter.model)
+    assert torch.equal(adapter.model(images()), apart)
+    assert [n for n, t in adapter.model.state_dict().items() if not torch.equal(t, weights[n])] == []
+
+
+@pytest.mark.parametrize(("method", "backbone"), COMBINATIONS)
+def test_rows_routed_through_two_adapters_come_out_as_if_run_apart(method: str, backbone: str) -> None:
+    first = supported(method, backbone, num_classes=5, name="first")
+    model = first.model
+    train_step(first)
+    second = tg.attach(model, SMALL.get(method, method), num_classes=5, name="second")
+    train_step(second)
+    names = ["second", "first", "second"]
+    x = images(3)
+    apart = []
+    for i, name in enumerate(names):
+        tg.activate(model, name)
+        apart.append(model(x[i : i + 1]))
+    with tg.route(model, names):
+        torch.testing.assert_close(model(x), torch.cat(apart), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", tg.methods())
 def test_an_adapter_folder_gives_the_same_bits_back(method: str, tmp_path) -> None:
     adapter = supported(method, "test_resnet", num_classes=5)

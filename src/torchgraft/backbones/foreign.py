@@ -78,8 +78,7 @@ def load_torchvision_model(
                 state = dict(chosen.get_state_dict(progress=True, check_hash=True))
         except Exception as error:
             raise GraftError(
-                f"torchvision:{name}: cannot download the pretrained weights ({failure_reason(error)}); "
-                f"{local_ways}"
+                f"torchvision:{name}: cannot download the pretrained weights ({failure_reason(error)}); {local_ways}"
             ) from error
         if "image_size" in kwargs:
             patch = model.patch_size
@@ -106,8 +105,7 @@ def load_transformers(
     """
     if importlib.util.find_spec("transformers") is None:
         raise GraftError(
-            f"{name} needs the package transformers, which is not installed; run: pip install "
-            "'transformers>=5'"
+            f"{name} needs the package transformers, which is not installed; run: pip install 'transformers>=5'"
         )
     if not (folder / "config.json").is_file():
         raise GraftError(
@@ -136,9 +134,7 @@ def load_transformers(
             ignore_mismatched_sizes=bool(num_classes),
         )
     except (OSError, ValueError, KeyError) as error:
-        raise GraftError(
-            f"{name}: cannot load a model from {folder}: {failure_reason(error)[:200]}"
-        ) from error
+        raise GraftError(f"{name}: cannot load a model from {folder}: {failure_reason(error)[:200]}") from error
     lost = sorted(k for k in info["missing_keys"] if not k.startswith(("classifier", "pooler")))
     if lost:
         raise GraftError(f"{name}: {folder} lacks weights of the model: {', '.join(lost[:3])}")

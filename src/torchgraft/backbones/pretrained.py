@@ -176,9 +176,7 @@ def _build(name: str, factory: Any, first: Any, num_classes: int | None, kwargs:
         raise
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         given = ", ".join(f"{k}={v!r}" for k, v in kwargs.items() if not k.startswith("pretrained"))
-        raise GraftError(
-            f"{name} cannot be built with {given or 'its defaults'}: {failure_reason(error)}"
-        ) from error
+        raise GraftError(f"{name} cannot be built with {given or 'its defaults'}: {failure_reason(error)}") from error
 
 
 def _local_ways(name: str) -> str:

@@ -55,13 +55,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
             break
-    tensors = (
-        {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
-    )
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     if not tensors:
-        raise GraftError(
-            f"{path} holds no tensors under names; expected a state dict, as model.state_dict() gives"
-        )
+        raise GraftError(f"{path} holds no tensors under names; expected a state dict, as model.state_dict() gives")
     return {_without_prefixes(name): value for name, value in tensors.items()}
 
 

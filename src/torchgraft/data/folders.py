@@ -108,9 +108,7 @@ def _part_folders(root: Path) -> dict[str, Path]:
     """Part -> folder. A tree without part folders is one train part."""
     subfolders = _subfolders(root)
     if not subfolders:
-        raise GraftError(
-            f"{root} has no class folders; expected {root}/CLASS/IMAGES or {root}/train/CLASS/IMAGES"
-        )
+        raise GraftError(f"{root} has no class folders; expected {root}/CLASS/IMAGES or {root}/train/CLASS/IMAGES")
     named = [f for f in subfolders if f.name.lower() in PART_NAMES]
     parts: dict[str, Path] = {}
     for folder in named:
@@ -122,8 +120,7 @@ def _part_folders(root: Path) -> dict[str, Path]:
         return {part: parts[part] for part in ("train", "val", "test") if part in parts}
     if len(named) == len(subfolders):
         raise GraftError(
-            f"{root} has {' and '.join(f.name for f in named)} but no train folder; "
-            f"expected {root}/train/CLASS/IMAGES"
+            f"{root} has {' and '.join(f.name for f in named)} but no train folder; expected {root}/train/CLASS/IMAGES"
         )
     return {"train": root}
 
@@ -183,9 +180,5 @@ def _pictures(folder: Path) -> list[Path]:
             continue
         seen.add(real)
         folders[:] = sorted((f for f in folders if not f.startswith(".")), key=natural_key)
-        found += [
-            Path(where, f)
-            for f in files
-            if not f.startswith(".") and Path(f).suffix.lower() in IMAGE_SUFFIXES
-        ]
+        found += [Path(where, f) for f in files if not f.startswith(".") and Path(f).suffix.lower() in IMAGE_SUFFIXES]
     return sorted(found, key=lambda p: natural_key(p.as_posix()))

@@ -72,9 +72,7 @@ def orientation(*, seed: int, per_class: int, size: int) -> dict[str, ImageDatas
         angle = label * 360 / len(ORIENTATIONS) + rng.uniform(-8, 8)
         return np.asarray(canvas.rotate(angle, Image.Resampling.BICUBIC))
 
-    return _generate(
-        "orientation", draw, classes=len(ORIENTATIONS), train=per_class, val=20, test=60, seed=seed
-    )
+    return _generate("orientation", draw, classes=len(ORIENTATIONS), train=per_class, val=20, test=60, seed=seed)
 
 
 def _generate(

@@ -37,9 +37,7 @@ def load_huggingface(repo: str) -> Source:
         GraftError: The package is missing, the data set cannot be had, or it has no such columns.
     """
     if importlib.util.find_spec("datasets") is None:
-        raise GraftError(
-            f"hf:{repo} needs the package datasets, which is not installed; run: pip install datasets"
-        )
+        raise GraftError(f"hf:{repo} needs the package datasets, which is not installed; run: pip install datasets")
     import datasets
 
     try:

@@ -33,9 +33,7 @@ _TWIN_DISTANCE = 10 * 255**2
 def animals(*, seed: int, per_class: int) -> dict[str, ImageDataset]:
     """Ten animals, silhouettes of 28x28; the 10 % that have a near twin in the package are left out."""
     images, labels, clean = silhouettes()
-    rows = divide(
-        labels, clean, train=per_class, val=20, test=100, seed=seed, names=ANIMALS, what="sample:animals"
-    )
+    rows = divide(labels, clean, train=per_class, val=20, test=100, seed=seed, names=ANIMALS, what="sample:animals")
     return _parts(ArrayPictures(images), labels, rows, "animals")
 
 
@@ -157,13 +155,9 @@ def divide(
     return rows
 
 
-def _parts(
-    pictures: Pictures, labels: np.ndarray, rows: dict[str, list[int]], name: str
-) -> dict[str, ImageDataset]:
+def _parts(pictures: Pictures, labels: np.ndarray, rows: dict[str, list[int]], name: str) -> dict[str, ImageDataset]:
     return {
-        part: ImageDataset(
-            pictures, labels[chosen].tolist(), [f"{name}/{i:05d}" for i in chosen], rows=chosen
-        )
+        part: ImageDataset(pictures, labels[chosen].tolist(), [f"{name}/{i:05d}" for i in chosen], rows=chosen)
         for part, chosen in rows.items()
     }
 

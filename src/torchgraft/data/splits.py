@@ -17,9 +17,7 @@ from ..errors import GraftError
 _FEW_SHOT, _HOLD_OUT = 0, 1
 
 
-def few_shot(
-    labels: Sequence[int], shots: int, seed: int, *, classes: Sequence[str] | None = None
-) -> list[int]:
+def few_shot(labels: Sequence[int], shots: int, seed: int, *, classes: Sequence[str] | None = None) -> list[int]:
     """Draw ``shots`` images of every class.
 
     Args:

@@ -38,19 +38,14 @@ def load_csv(path: Path, *, strict: bool = False, progress: ProgressCallback | N
     unknown = [label for label in labels if label not in trained]
     if unknown:
         raise GraftError(
-            f"the label {unknown[0]!r} in {path} is in val or test but not in train; add images of it to "
-            "train"
+            f"the label {unknown[0]!r} in {path} is in val or test but not in train; add images of it to train"
         )
     if len(labels) == 1:
-        raise GraftError(
-            f"{path} has a single label, {labels[0]!r}; at least two classes are needed to tell apart"
-        )
+        raise GraftError(f"{path} has a single label, {labels[0]!r}; at least two classes are needed to tell apart")
     listings: dict[str, list[Listed]] = {"train": []}
     for name, label, part in sorted(rows, key=lambda row: natural_key(row[0])):
         listings.setdefault(part, []).append(Listed(path.parent / name, name, labels.index(label)))
-    return checked_source(
-        str(path), path, tuple(labels), listings, strict=strict, progress=progress, what="label"
-    )
+    return checked_source(str(path), path, tuple(labels), listings, strict=strict, progress=progress, what="label")
 
 
 def _rows(path: Path) -> list[tuple[str, str, str]]:

@@ -62,9 +62,7 @@ SETS: dict[str, dict[str, str]] = {
 }
 """Part -> the word for it, for the data sets that torchvision asks for by ``split``."""
 
-_HANDED = frozenset(
-    {"EMNIST", "GTSRB", "KMNIST", "MNIST", "QMNIST", "RenderedSST2", "SEMEION", "SVHN", "USPS"}
-)
+_HANDED = frozenset({"EMNIST", "GTSRB", "KMNIST", "MNIST", "QMNIST", "RenderedSST2", "SEMEION", "SVHN", "USPS"})
 """Characters, text and signs: a mirrored picture does not keep its label."""
 
 _OURS = frozenset(
@@ -96,9 +94,7 @@ def load_torchvision(text: str) -> Source:
     """
     name, given = split_options(text, f"tv:{text}")
     if name not in SETS:
-        raise GraftError(
-            f"tv:{name}: torchvision has no classification data set of this name; {nearest(name, SETS)}"
-        )
+        raise GraftError(f"tv:{name}: torchvision has no classification data set of this name; {nearest(name, SETS)}")
     build = getattr(torchvision.datasets, name)
     accepted = _parameters(build)
     ours = _OURS | ({"split"} if SETS[name] else set())

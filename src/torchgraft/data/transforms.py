@@ -101,9 +101,7 @@ def eval_transform_from(config: Mapping[str, Any]) -> PictureTransform:
     """
     missing = [key for key in _EVAL_KEYS if key not in config]
     if missing:
-        raise GraftError(
-            f"the transform's configuration lacks {', '.join(missing)}; it needs {', '.join(_EVAL_KEYS)}"
-        )
+        raise GraftError(f"the transform's configuration lacks {', '.join(missing)}; it needs {', '.join(_EVAL_KEYS)}")
     return cast(PictureTransform, _timm(config, training=False))
 
 
@@ -146,9 +144,7 @@ def _data_config(model: nn.Module | Mapping[str, Any], image_size: int | None) -
         height, width = current["input_size"][1:]
         fixed = (height, width) if current["fixed_input_size"] else None
     if channels != 3:
-        raise GraftError(
-            f"the backbone takes {channels} channels; pictures are read as RGB, so it must take 3"
-        )
+        raise GraftError(f"the backbone takes {channels} channels; pictures are read as RGB, so it must take 3")
     if image_size is not None:
         if image_size < 1:
             raise GraftError(f"image_size={image_size}: the side of the input in pixels must be positive")

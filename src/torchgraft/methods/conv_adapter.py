@@ -25,11 +25,13 @@ from typing import Literal
 from torch import nn
 
 from ..core.anatomy import Anatomy, Site
+from ..core.blocks import class_name
 from ..core.layers import ACTIVATIONS, ConvGeometry, activation_like, is_batchnorm, is_conv, is_norm
 from ..core.method import Method, register
 from ..core.placements import Parallel, Placement, Point, Sequential, Train
 from ..errors import GraftError, nearest
 from .forms.conv_bottleneck import ConvBottleneck, Init, bottleneck_width
+from .forms.linear_bottleneck import LinearBottleneck
 
 INVERTED = [
     "InvertedResidual",
@@ -67,7 +69,7 @@ class ConvAdapter(Method):
         act: Activation; ``"auto"``: that of the block.
         preset: ``"official"``: everything as the published code has it for the backbone at hand (symmetric
             padding, kernel 1 on inverted residuals, official start, norms trained, post-activation sum and an
-            extra BatchNorm before pooling on ResNet).
+            extra BatchNorm before pooling on ResNet, a linear bottleneck beside CLIP's attention pooling).
     """
 
     scheme: Scheme = "auto"
@@ -113,6 +115,8 @@ class ConvAdapter(Method):
             )
         if self.norms or self._official:
             placed += self._norms(anatomy, adapted)
+        if self._official:
+            placed += self._beside_pooling(anatomy)
         if self._official and _is_resnet(anatomy):
             last = anatomy.stages[-1].root
             width = anatomy.shape(Point(last, "output"))[1]
@@ -193,6 +197,18 @@ class ConvAdapter(Method):
             if before != site.path and before in anatomy.modules:
                 return Point(before, "output")
         return Point(site.path, "input")
+
+    def _beside_pooling(self, anatomy: Anatomy) -> list[Placement]:
+        """CLIP's attention pooling: from the position-embedded tokens to the attention's output."""
+        placed: list[Placement] = []
+        for path, module in anatomy.modules.items():
+            if class_name(module) != "AttentionPool2d" or not anatomy.selection(path, anatomy.address(path)):
+                continue
+            reader = next(n for n in ("qkv", "q") if isinstance(getattr(module, n, None), nn.Linear))
+            width, out = getattr(module, reader).in_features, module.proj.out_features
+            form = LinearBottleneck(width, out, bottleneck_width(width, self.reduction), zero=False)
+            placed.append(Parallel(form, Point(f"{path}.{reader}", "input"), Point(f"{path}.proj", "output")))
+        return placed
 
     # -- details ----------------------------------------------------------------------------------------
 

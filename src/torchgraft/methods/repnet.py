@@ -234,11 +234,13 @@ def _entry(anatomy: Anatomy, block: str) -> Point:
     assert anatomy.trace is not None
     calls = anatomy.trace.calls
     start = min(c.order for p, c in calls.items() if p == block or p.startswith(block + "."))
+    ahead = [p for p, c in calls.items() if c.order < start and c.count == 1 and c.output == calls[block].input]
+    layers = {p: anatomy.module(p) for p in ahead if p}
     ahead = [
-        p for p, c in calls.items()
-        if p and c.order < start and c.count == 1 and c.output == calls[block].input
-        and next(inner_modules(anatomy.module(p)), None) is None
-    ]  # fmt: skip
+        p
+        for p, layer in layers.items()
+        if not isinstance(layer, nn.Identity) and next(inner_modules(layer), None) is None
+    ]
     if not ahead:
         return Point(block, "input")
     return Point(max(ahead, key=lambda p: calls[p].order), "output")

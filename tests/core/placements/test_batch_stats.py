@@ -121,7 +121,7 @@ def _trunk(mode: str) -> tuple[nn.Sequential, tg.Adapter]:
     x = torch.randn(2, 3, 8, 8)
 
     def make(anatomy: tg.Anatomy) -> list:
-        own = [Sequential(nn.Conv2d(4, 4, 1), Point(p, "output")) for p in ("0", "3")]
+        own = [Sequential(nn.Conv2d(4, 4, 1, bias=False), Point(p, "output")) for p in ("0", "3")]
         return own + [BatchStats(p, anatomy.module(p), mode) for p in ("1", "4")]
 
     adapter = attach(model, make, x)

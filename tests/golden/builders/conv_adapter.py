@@ -12,14 +12,13 @@ from torchgraft import ConvAdapter, Method
 from torchgraft.core import Anatomy
 from torchgraft.core.layers import ConvGeometry
 from torchgraft.core.placements import Parallel, Placement, Point
-from torchgraft.methods.forms import ConvBottleneck
+from torchgraft.methods.forms import ConvBottleneck, LinearBottleneck
 
 from .. import hosts, names
 from ..adapted import AdaptedNetwork
 from ..case import Config, GoldenCase
 from ..clip_resnet import ClipResNet
 from ..files import CaseError
-from ..linear_adapter import LinearAdapter
 from ..modules_case import ModulesCase
 
 SCHEMES = {
@@ -111,7 +110,7 @@ class WithAttentionPool(Method):
 
     def placements(self, anatomy: Anatomy) -> list[Placement]:
         out = anatomy.module("attnpool.c_proj")
-        form = LinearAdapter(out.in_features, out.out_features, self.width, self.act)
+        form = LinearBottleneck(out.in_features, out.out_features, self.width, act=self.act)
         source, target = Point("attnpool.tokens", "output"), Point("attnpool.c_proj", "output")
         return [*self.method.placements(anatomy), Parallel(form, source, target)]
 
@@ -123,7 +122,7 @@ def _network(host: nn.Module, method: Method, config: Config, mode: str, officia
         num_classes=config["num_classes"],
         mode=mode,
         names=official_names,
-        is_adapter=lambda form: isinstance(form, (ConvBottleneck, LinearAdapter)),
+        is_adapter=lambda form: isinstance(form, (ConvBottleneck, LinearBottleneck)),
     )
 
 
@@ -136,7 +135,7 @@ def _module(entry: Config) -> nn.Module:
                 entry["in_channels"], entry["out_channels"], entry["width"], geometry, act=entry["act"]
             )
         case "linear":
-            return LinearAdapter(entry["in_features"], entry["out_features"], entry["width"], entry["act"])
+            return LinearBottleneck(entry["in_features"], entry["out_features"], entry["width"], act=entry["act"])
         case other:
             raise CaseError(f"unknown module type {other!r}, expected 'conv' or 'linear'")
 

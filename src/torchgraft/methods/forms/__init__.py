@@ -2,5 +2,6 @@
 
 from .conv_bottleneck import ConvBottleneck
 from .copies import copies
+from .linear_bottleneck import LinearBottleneck
 
-__all__ = ["ConvBottleneck", "copies"]
+__all__ = ["ConvBottleneck", "LinearBottleneck", "copies"]
