@@ -42,6 +42,17 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_plain_lines(terminal):
         assert text.count("\n") == 1
 
 
+def test_a_long_epoch_is_not_silent_where_there_is_no_terminal():
+    out = io.StringIO()
+    display = ProgressDisplay(OneEpoch(), 10, Console(file=out, width=160))
+    display.on_train_start(Trainer(), None)
+    display.on_train_batch_end(Trainer(), None, None, None, 0)
+    assert out.getvalue() == ""
+    display.quiet_seconds = 0.0
+    display.on_train_batch_end(Trainer(), None, None, None, 1)
+    assert out.getvalue().startswith("epoch 2/5  step 4/10  100 img/s")
+
+
 def test_progress_goes_to_standard_error_only(tiny, tmp_path, capfd):
     train(tiny(out=tmp_path / "run", epochs=2))
     captured = capfd.readouterr()

@@ -4,7 +4,7 @@ import pytest
 
 import torchgraft as tg
 from torchgraft.errors import GraftError
-from torchgraft.tasks import configure, default_recipe, list_recipes, load_recipe
+from torchgraft.tasks import configure, default_recipe, evaluate, list_recipes, load_recipe, train
 
 
 @pytest.mark.parametrize("name", tg.core.methods())
@@ -17,6 +17,25 @@ def test_every_registered_method_has_a_recipe_for_itself(name):
 def test_every_bundled_recipe_is_valid_and_names_an_existing_method(name):
     config = configure("photos", recipe=name)
     assert tg.method(config.method)
+
+
+@pytest.mark.parametrize("name", tg.core.methods())
+def test_every_registered_method_trains_with_its_recipe(pictures, tmp_path, name):
+    config = configure(
+        str(pictures),
+        method=name,
+        backbone="test_resnet",
+        pretrained=False,
+        image_size=64,
+        epochs=2,
+        shots=4,
+        device="cpu",
+        out=tmp_path / "run",
+    )
+    result = train(config, progress=False)
+    assert result.epochs == 2
+    assert result.trainable_params > 0
+    assert evaluate(result.out, device="cpu").confusion == result.confusion
 
 
 def test_a_method_without_a_recipe_gets_the_defaults():

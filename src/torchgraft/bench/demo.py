@@ -27,7 +27,7 @@ from .comparison import Bar, comparison
 
 BACKBONE = "tf_efficientnet_lite0"
 
-EPOCHS = 15
+EPOCHS = 12
 """Passes over the few hundred images: a linear probe has settled by then, and two cores need a minute or two."""
 
 MARK = ".torchgraft-demo"

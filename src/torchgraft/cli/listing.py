@@ -69,7 +69,7 @@ def _methods(pattern: str | None) -> list[dict[str, Any]]:
         if pattern is None or pattern in name:
             fields = dataclasses.fields(method)  # type: ignore[arg-type]
             # The file of a method begins with what the method is; its config class with what the fields are.
-            summary = (sys.modules[method.__module__].__doc__ or "").strip().splitlines()[0]
+            summary = " ".join((sys.modules[method.__module__].__doc__ or "").split("\n\n")[0].split())
             rows.append({"name": name, "summary": summary, "options": {f.name: _default(f) for f in fields}})
     return rows
 

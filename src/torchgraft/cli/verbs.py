@@ -26,7 +26,7 @@ VERBS = (
 """Name of a verb and the module with its function ``run`` and its ``EXAMPLES``, in the order of the help."""
 
 EXAMPLES = """\
-torchgraft demo                        see it work, nothing to download
+torchgraft demo                        see it work on real weights and pictures
 torchgraft train FOLDER --backbone tf_efficientnet_lite0 --method conv-adapter
 torchgraft predict runs/NAME/adapter picture.jpg
 torchgraft list methods                what can be attached

@@ -1,4 +1,4 @@
-"""How a run shows where it is: a live bar on a terminal, one plain line an epoch anywhere else."""
+"""How a run shows where it is: a live bar on a terminal, plain lines (each epoch, each minute) elsewhere."""
 
 from __future__ import annotations
 
@@ -27,11 +27,16 @@ class ProgressDisplay(L.Callback):
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._scores = ""
-        self._started, self._first_step = time.perf_counter(), 0
+        self._started = self._line_at = time.perf_counter()
+        self._first_step = 0
+
+    quiet_seconds = 60.0
+    """How long plain output is silent at most."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the bar."""
-        self._started, self._first_step = time.perf_counter(), trainer.global_step
+        self._started = self._line_at = time.perf_counter()
+        self._first_step = trainer.global_step
         if not trainer.is_global_zero or not self.console.is_terminal:
             return
         self._bar = Progress(
@@ -49,18 +54,13 @@ class ProgressDisplay(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the bar."""
-        if self._bar is None:
-            return
-        speed = f"{self.history.images_per_second:.0f} img/s"
-        left = f"{_clock(self._seconds_left(trainer.global_step))} left"
-        numbers = "  ".join(filter(None, [self._scores, speed, left, _memory()]))
-        self._bar.update(
-            self._task,
-            completed=trainer.global_step,
-            description=f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}",
-            numbers=numbers,
-        )
+        """Move the bar, or write a line when there was none for a while."""
+        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        if self._bar is not None:
+            numbers = self._numbers(trainer, self._scores)
+            self._bar.update(self._task, completed=trainer.global_step, description=epoch, numbers=numbers)
+        elif trainer.is_global_zero and time.perf_counter() - self._line_at > self.quiet_seconds:
+            self._line(epoch, self._numbers(trainer, f"step {trainer.global_step}/{self.total_steps}"))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the epoch's scores."""
@@ -72,13 +72,7 @@ class ProgressDisplay(L.Callback):
             f"  val accuracy {100 * row['val_accuracy']:.1f} %"
         )
         if self._bar is None:
-            left = _clock(self._seconds_left(trainer.global_step))
-            self.console.print(
-                f"epoch {row['epoch']}/{trainer.max_epochs}  {self._scores}"
-                f"  {row['images_per_second']:.0f} img/s  {left} left  {_memory()}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            self._line(f"epoch {row['epoch']}/{trainer.max_epochs}", self._numbers(trainer, self._scores))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the bar."""
@@ -92,6 +86,15 @@ class ProgressDisplay(L.Callback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+    def _line(self, *parts: str) -> None:
+        self._line_at = time.perf_counter()
+        self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
+
+    def _numbers(self, trainer: L.Trainer, scores: str) -> str:
+        speed = f"{self.history.images_per_second:.0f} img/s"
+        left = f"{_clock(self._seconds_left(trainer.global_step))} left"
+        return "  ".join(filter(None, [scores, speed, left, _memory()]))
 
     def _seconds_left(self, step: int) -> float:
         done = max(1, step - self._first_step)

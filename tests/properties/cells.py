@@ -1,0 +1,77 @@
+"""Cells: one registered method on one family of backbones, and the cells that are refused."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import torchgraft as tg
+
+from .families import CLASSES, FAMILIES, network, run
+
+SPECS = {"pad-prompt": "pad-prompt[prompt_size=4]"}
+"""Methods whose defaults do not fit the small images of these tests."""
+
+MOVED_START = {"pad-prompt": "a frame of N(0, 1), as published"}
+"""Methods that do not start as the pretrained network, and the documented start they have instead."""
+
+REFUSED: dict[str, dict[str, str]] = {}
+"""Method -> family -> what the refusal says. A refusal that is not listed is a failure."""
+
+CELLS = [(m, f) for m in tg.methods() for f in FAMILIES if f not in REFUSED.get(m, {})]
+REFUSALS = [(m, f) for m, families in REFUSED.items() for f in families]
+
+
+class Cell:
+    """A method attached to a family's network, moved away from its start.
+
+    Attributes:
+        model: The adapted network.
+        adapter: The adapter, with a head of its own where the family has a classifier.
+        batch: Images or ids.
+    """
+
+    def __init__(self, method: str, family: str) -> None:
+        self.method, self.family = method, family
+        self.batch = FAMILIES[family].batch()
+        self.model = network(family)
+        self.adapter = disturb(self.attach(self.model))
+
+    def attach(self, model: nn.Module, name: str = "default", *, head: bool = True) -> tg.Adapter:
+        """The cell's method on ``model``."""
+        classes = CLASSES if head and FAMILIES[self.family].classifier else None
+        return tg.attach(model, SPECS.get(self.method, self.method), name=name, num_classes=classes)
+
+    def gradients(self, model: nn.Module | None = None) -> dict[str, Tensor | None]:
+        """Gradient of every trainable tensor after one forward and backward in the mode the model is in."""
+        model = self.model if model is None else model
+        trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        model.zero_grad(set_to_none=True)
+        loss(run(model, self.batch)).backward()
+        found = {n: p.grad for n, p in trainable.items()}
+        model.zero_grad(set_to_none=True)
+        return found
+
+
+def disturb(adapter: tg.Adapter, seed: int = 0) -> tg.Adapter:
+    """Move every trainable tensor away from its start, so that nothing is an identity by accident."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            size = float(parameter.abs().mean()) or 1.0
+            parameter.add_(0.2 * size * torch.randn(parameter.shape, generator=generator))
+    return adapter
+
+
+def loss(out: Tensor) -> Tensor:
+    """A scalar in which every output has its own weight."""
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+    return (out.float() * weights).sum()
+
+
+def assert_close(found: Tensor, wanted: Tensor, tolerance: float = 1e-4) -> None:
+    """Equal within ``tolerance`` times the largest value that is wanted; and not trivially so."""
+    assert found.shape == wanted.shape, (found.shape, wanted.shape)
+    assert wanted.abs().max() > 1e-3
+    error = float((found.float() - wanted.float()).abs().max() / wanted.float().abs().max())
+    assert error <= tolerance, f"relative error {error:.2e}"
