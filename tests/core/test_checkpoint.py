@@ -357,7 +357,7 @@ def test_lost_and_unknown_tensors_are_named(folder: Path) -> None:
     save_file({n: t for n, t in tensors.items() if n != name}, folder / WEIGHTS)
     _assert_refused(folder, "lacks tensor '" + name.replace("[", r"\[") + "'")
     save_file({**tensors, "../../etc/passwd": torch.zeros(1)}, folder / WEIGHTS)
-    _assert_refused(folder, "'../../etc/passwd'")
+    _assert_refused(folder, r"'\.\./\.\./etc")
 
 
 def test_a_name_like_a_path_is_a_key_and_nothing_else(folder: Path, tmp_path: Path) -> None:

@@ -18,16 +18,16 @@ TINY = ("test_resnet", "test_convnext", "test_efficientnet", "test_vit", "swin")
 
 
 @functools.cache
-def anatomy(name: str) -> tg.Anatomy:
-    """The anatomy of a timm model without classifier and without data."""
+def anatomy(name: str, num_classes: int = 0) -> tg.Anatomy:
+    """The anatomy of a timm model without data and, unless asked for, without a classifier."""
     with torch.device("meta"):
-        return tg.anatomy(timm.create_model(name, num_classes=0))
+        return tg.anatomy(timm.create_model(name, num_classes=num_classes))
 
 
-def count(name: str, method: str | tg.Method) -> int:
-    """How many values a method trains on a timm model, shared ones once, without a head."""
+def count(name: str, method: str | tg.Method, num_classes: int = 0) -> int:
+    """How many values a method trains on a timm model, shared ones once, without a head of its own."""
     with torch.device("meta"):
-        return _values(tg.method(method).placements(anatomy(name)))
+        return _values(tg.method(method).placements(anatomy(name, num_classes)))
 
 
 def count_with_head(name: str, method: str | tg.Method) -> int:

@@ -26,7 +26,6 @@ FIGURES = {
     "swin_tiny_patch4_window7_224": (12, 2_386_176, 1_305_696, 765_456, 495_336, 360_276),
     "resnet18": (8, 542_848, 279_968, 148_528, 82_808, 49_948),
     "regnety_040": (22, 5_883_904, 2_995_456, 1_551_232, 829_120, 468_064),
-    # The published module of CLIP's attention pool reads inside the pool and is no part of the method here.
     "resnet50_clip": (16, 1_302_784, 672_160, 356_848, 199_192, 120_364),
 }
 INVERTED = {
@@ -78,6 +77,12 @@ def test_inverted_residuals_have_the_published_parameters_for_either_kernel(name
     assert sites(name, tg.ConvAdapter(kernel=kernel)) == number
     counted = [count(name, tg.ConvAdapter(reduction=r, kernel=kernel)) for r in REDUCTIONS[: len(figures)]]
     assert counted == figures
+
+
+def test_clip_with_the_published_bottleneck_beside_its_attention_pooling_has_the_published_parameters() -> None:
+    # The projection to CLIP's 1,024 dimensions is the classifier of timm's model.
+    counted = [count("resnet50_clip", tg.ConvAdapter(reduction=r, preset="official"), 1_024) for r in REDUCTIONS]
+    assert counted == [7_598_336, 3_820_960, 1_932_272, 987_928, 515_756]
 
 
 def test_convnext_without_the_downsampling_sites_has_the_published_parameters() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 import torchgraft as tg
 
-from .families import CLASSES, FAMILIES, network, run
+from .families import CLASSES, FAMILIES, logits, network
 
 SPECS = {"pad-prompt": "pad-prompt[prompt_size=4]"}
 """Methods whose defaults do not fit the small images of these tests."""
@@ -15,11 +17,45 @@ SPECS = {"pad-prompt": "pad-prompt[prompt_size=4]"}
 MOVED_START = {"pad-prompt": "a frame of N(0, 1), as published"}
 """Methods that do not start as the pretrained network, and the documented start they have instead."""
 
-REFUSED: dict[str, dict[str, str]] = {}
+_NO_MAPS = "does not work on (N, C, H, W) maps"
+_NO_IMAGE = "reads no image"
+_NOT_SEEN = "to read an image"
+
+REFUSED: dict[str, dict[str, str]] = {
+    "bitfit": {"hf_t5": "no bias is selected"},
+    "conv-adapter": {"hf_bert": _NO_IMAGE, "hf_t5": _NO_IMAGE},
+    "linear": {"hf_t5": "adds nothing to this model"},
+    "norm-tuning": {"nfnet": "no BatchNorm, LayerNorm or GroupNorm"},
+    "pad-prompt": {"hf_bert": _NOT_SEEN, "hf_t5": _NOT_SEEN},
+    "partial": {"vgg": "is no series of blocks"},
+    "repnet": {
+        "vgg": "has 0 stages",
+        "torchvision_mobilenet_v3": "has 1 stages",
+        "densenet": _NO_MAPS,
+        "mambaout": _NO_MAPS,
+        "vit": _NO_MAPS,
+        "deit_distilled": _NO_MAPS,
+        "vit_registers": _NO_MAPS,
+        "swin": _NO_MAPS,
+        "beit": _NO_MAPS,
+        "eva02": _NO_MAPS,
+        "mixer": _NO_MAPS,
+        "torchvision_vit": _NO_MAPS,
+        "torchvision_swin": _NO_MAPS,
+        "hf_vit": _NO_MAPS,
+        "hf_dinov2": _NO_MAPS,
+        "hf_swin": _NO_MAPS,
+        "hf_bert": _NOT_SEEN,
+        "hf_t5": _NOT_SEEN,
+    },
+}
 """Method -> family -> what the refusal says. A refusal that is not listed is a failure."""
 
 CELLS = [(m, f) for m in tg.methods() for f in FAMILIES if f not in REFUSED.get(m, {})]
 REFUSALS = [(m, f) for m, families in REFUSED.items() for f in families]
+
+
+Gradients = dict[str, Tensor | None]
 
 
 class Cell:
@@ -40,14 +76,14 @@ class Cell:
     def attach(self, model: nn.Module, name: str = "default", *, head: bool = True) -> tg.Adapter:
         """The cell's method on ``model``."""
         classes = CLASSES if head and FAMILIES[self.family].classifier else None
-        return tg.attach(model, SPECS.get(self.method, self.method), name=name, num_classes=classes)
+        return attach(model, self.method, name=name, num_classes=classes)
 
-    def gradients(self, model: nn.Module | None = None) -> dict[str, Tensor | None]:
+    def gradients(self, model: nn.Module | None = None) -> Gradients:
         """Gradient of every trainable tensor after one forward and backward in the mode the model is in."""
         model = self.model if model is None else model
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         model.zero_grad(set_to_none=True)
-        loss(run(model, self.batch)).backward()
+        loss(logits(model, self.batch)).backward()
         found = {n: p.grad for n, p in trainable.items()}
         model.zero_grad(set_to_none=True)
         return found
@@ -63,10 +99,27 @@ def disturb(adapter: tg.Adapter, seed: int = 0) -> tg.Adapter:
     return adapter
 
 
+def attach(model: nn.Module, method: str, **options: Any) -> tg.Adapter:
+    """``tg.attach`` with options that fit the small images of these tests."""
+    return tg.attach(model, SPECS.get(method, method), **options)
+
+
 def loss(out: Tensor) -> Tensor:
     """A scalar in which every output has its own weight."""
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
     return (out.float() * weights).sum()
+
+
+def assert_same_gradients(found: Gradients, wanted: Gradients, tolerance: float = 1e-4) -> None:
+    """Equal within ``tolerance`` of each tensor's largest value, or of a thousandth of the largest of all."""
+    assert list(found) == list(wanted)
+    floor = 1e-3 * max(float(g.abs().max()) for g in wanted.values() if g is not None)
+    for name, grad in wanted.items():
+        other = found[name]
+        assert (grad is None) == (other is None), name
+        if grad is not None and other is not None:
+            error = float((grad - other).abs().max()) / max(float(grad.abs().max()), floor)
+            assert error <= tolerance, f"{name}: relative error {error:.2e}"
 
 
 def assert_close(found: Tensor, wanted: Tensor, tolerance: float = 1e-4) -> None:

@@ -194,7 +194,13 @@ def network(family: str) -> nn.Module:
 
 
 def run(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """The tensor that the model returns for the batch: logits."""
+    """The logits that the model returns for the batch, without gradients (with them kernels may round otherwise)."""
+    with torch.no_grad():
+        return logits(model, batch)
+
+
+def logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """The tensor that the model returns for the batch."""
     out = model(*batch["args"], **batch["kwargs"])
     while not isinstance(out, Tensor):
         out = out["logits"] if isinstance(out, dict) else out[0]

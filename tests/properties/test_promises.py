@@ -16,26 +16,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import torchgraft as tg
 
-from .cells import MOVED_START, SPECS, Cell, assert_close, disturb, loss
-from .families import CLASSES, FAMILIES, network, rows, run
+from .cells import MOVED_START, SPECS, Cell, Gradients, assert_close, assert_same_gradients, disturb, loss
+from .families import FAMILIES, logits, network, rows, run
 from .snapshot import Snapshot
 
 
 def test_attaching_adds_and_changes_nothing_that_was_there(cell: Cell) -> None:
-    model = network(cell.family)
+    model = network(cell.family).requires_grad_(False)
     plain = run(model, cell.batch)
     classes = {path: type(m) for path, m in model.named_modules()}
     state = {k: v.clone() for k, v in model.state_dict().items()}
     before = Snapshot(model)
     adapter = cell.attach(model, head=False)
-    before.assert_backbone_bits()
+    before.assert_backbone_kept()
     assert all(isinstance(model.get_submodule(path), cls) for path, cls in classes.items())
     assert model.load_state_dict(state, strict=True) is not None
     start = run(model, cell.batch)
     if cell.method in MOVED_START:
         assert not torch.allclose(start, plain, rtol=1e-3, atol=1e-3)
     else:
-        assert torch.equal(start, plain)
+        assert_close(start, plain, 1e-6)
     disturb(adapter)
     assert not torch.allclose(run(model, cell.batch), start, rtol=1e-4, atol=1e-4)
     tg.activate(model, None)
@@ -76,7 +76,7 @@ def test_training_steps_change_what_the_adapter_owns_and_nothing_else(cell: Cell
     assert [p for p in held if "torchgraft" not in p.split(".")] == []
     for _ in range(2):
         optimizer.zero_grad()
-        loss(run(cell.model, cell.batch)).backward()
+        loss(logits(cell.model, cell.batch)).backward()
         optimizer.step()
     cell.model.zero_grad(set_to_none=True)
     cell.model.eval()
@@ -113,12 +113,11 @@ def test_copied_and_pickled_models_are_equal_and_independent(cell: Cell) -> None
 
 
 def test_reduced_precision_gives_finite_and_similar_values(cell: Cell) -> None:
-    wanted = run(cell.model, cell.batch).detach()
+    wanted = run(cell.model, cell.batch)
     cell.model.train()
     with torch.autocast("cpu", torch.bfloat16):
-        found = run(cell.model, cell.batch)
-        value = loss(found)
-    value.backward()
+        found = logits(cell.model, cell.batch)
+    loss(found).backward()
     grads = [p.grad for p in cell.adapter.parameters()]
     cell.model.zero_grad(set_to_none=True)
     cell.model.eval()
@@ -129,13 +128,12 @@ def test_reduced_precision_gives_finite_and_similar_values(cell: Cell) -> None:
 def test_channels_last_gives_the_same_values(cell: Cell) -> None:
     if not FAMILIES[cell.family].side:
         pytest.skip("reads ids")
-    wanted, grads = run(cell.model, cell.batch).detach(), cell.gradients()
+    wanted, grads = run(cell.model, cell.batch), cell.gradients()
     cell.model.to(memory_format=torch.channels_last)
     contiguous, cell.batch = cell.batch, _channels_last(cell.batch)
     try:
-        assert_close(run(cell.model, cell.batch).detach(), wanted)
-        for name, grad in cell.gradients().items():
-            assert_close(grad, grads[name], 1e-3)
+        assert_close(run(cell.model, cell.batch), wanted)
+        assert_same_gradients(cell.gradients(), grads, 1e-3)
     finally:
         cell.batch = contiguous
         cell.model.to(memory_format=torch.contiguous_format)
@@ -151,10 +149,9 @@ def test_gradient_checkpointing_keeps_the_gradients(cell: Cell) -> None:
     again, recomputed = _counted(cell)
     _checkpointing(cell.model, False)
     cell.model.eval()
-    assert recomputed > plain
-    for name, grad in again.items():
-        assert grad is not None, name
-        assert_close(grad, grads[name], 1e-4)
+    assert_same_gradients(again, grads)
+    if cell.method not in BEHIND:
+        assert recomputed > plain
 
 
 def test_rows_routed_through_two_adapters_come_out_as_if_run_apart(cell: Cell) -> None:
@@ -216,6 +213,10 @@ def test_detaching_brings_back_the_very_model(cell: Cell) -> None:
     cell.adapter = disturb(cell.attach(cell.model))
 
 
+BEHIND = ("linear", "partial")
+"""Methods that train behind the checkpointed part, where there is nothing to compute a second time."""
+
+
 def _channels_last(batch: dict) -> dict:
     return {"args": tuple(a.contiguous(memory_format=torch.channels_last) for a in batch["args"]), "kwargs": {}}
 
@@ -234,13 +235,13 @@ def _checkpointing(model: nn.Module, on: bool) -> bool:
     return True
 
 
-def _counted(cell: Cell) -> tuple[dict, int]:
+def _counted(cell: Cell) -> tuple[Gradients, int]:
     """Gradients, and how many modules ran for them."""
     count = 0
 
-    def hook(*_: object) -> None:
+    def hook(module: nn.Module, args: object) -> None:
         nonlocal count
-        count += 1
+        count += not any(True for _ in module.children())
 
     handle = torch.nn.modules.module.register_module_forward_pre_hook(hook)
     try:

@@ -15,23 +15,27 @@ batch_sizes = st.integers(1, 40)
 
 
 @settings(max_examples=60, deadline=None)
-@given(size=sizes, batch_size=batch_sizes, seed=st.integers(0, 5), epoch=st.integers(0, 5))
-def test_every_image_appears_once_an_epoch_in_batches_of_even_size(size, batch_size, seed, epoch):
-    batches = EpochBatches(size, batch_size, seed)
+@given(size=sizes, batch_size=batch_sizes, passes=st.integers(1, 3), epoch=st.integers(0, 5))
+def test_every_image_appears_once_a_pass_in_batches_of_even_size(size, batch_size, passes, epoch):
+    batches = EpochBatches(size, batch_size, 1, passes=passes)
     batches.set_epoch(epoch)
     drawn = list(batches)
     assert len(drawn) == len(batches)
-    assert sorted(index for batch in drawn for _, index in batch) == list(range(size))
-    assert {e for batch in drawn for e, _ in batch} == {epoch}
+    numbers = range(epoch * passes, (epoch + 1) * passes)
+    expected = [(number, index) for number in numbers for index in range(size)]
+    assert sorted(key for batch in drawn for key in batch) == expected
+    assert all(len({number for number, _ in batch}) == 1 for batch in drawn)
     lengths = [len(batch) for batch in drawn]
     assert max(lengths) <= batch_size
     assert max(lengths) - min(lengths) <= 1
 
 
 @settings(max_examples=40, deadline=None)
-@given(size=sizes, batch_size=batch_sizes, start=st.integers(0, 50), epoch=st.integers(0, 3))
-def test_resuming_inside_an_epoch_gives_its_remaining_batches_and_whole_epochs_after_it(size, batch_size, start, epoch):
-    whole, rest = EpochBatches(size, batch_size, 1), EpochBatches(size, batch_size, 1)
+@given(size=sizes, batch_size=batch_sizes, start=st.integers(0, 50), epoch=st.integers(0, 3), passes=st.integers(1, 3))
+def test_resuming_inside_an_epoch_gives_its_remaining_batches_and_whole_epochs_after_it(
+    size, batch_size, start, epoch, passes
+):
+    whole, rest = (EpochBatches(size, batch_size, 1, passes=passes) for _ in range(2))
     rest.resume_at(epoch, start)
     for number in (epoch, epoch + 1):
         whole.set_epoch(number)

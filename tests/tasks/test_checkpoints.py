@@ -13,7 +13,6 @@ from torchgraft.tasks.checkpoints import (
     Patience,
     RunCheckpoints,
     read_checkpoint,
-    steps_and_epochs,
 )
 
 
@@ -96,17 +95,3 @@ def test_exhausted_patience_survives_a_restart():
     patience.load_state_dict({**state, "wait_count": 2})
     patience.on_fit_start(trainer, None)
     assert trainer.should_stop
-
-
-@pytest.mark.parametrize(
-    ("images", "batch", "accumulate", "epochs", "limit", "expected"),
-    [
-        (320, 16, 1, 30, None, (600, 30)),
-        (320, 16, 1, 30, 110, (110, 6)),
-        (320, 16, 4, 2, None, (10, 2)),
-        (5, 16, 1, 3, 100, (3, 3)),
-        (33, 16, 2, 3, None, (6, 3)),
-    ],
-)
-def test_steps_and_epochs_by_hand(images, batch, accumulate, epochs, limit, expected):
-    assert steps_and_epochs(images, batch, accumulate, epochs, limit) == expected

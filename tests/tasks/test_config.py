@@ -86,9 +86,11 @@ def test_a_wrong_key_in_a_recipe_names_the_file_and_the_nearest_key(tmp_path: Pa
         configure("photos", recipe=tmp_path / "own.yaml")
 
 
-def test_explicit_epochs_lift_the_step_limit_of_the_recipe():
+def test_explicit_epochs_lift_the_limits_on_steps_of_the_recipe():
     assert configure("photos", method="conv-adapter").max_steps is not None
+    assert configure("photos", method="conv-adapter").min_epoch_steps > 1
     assert configure("photos", method="conv-adapter", epochs=100).max_steps is None
+    assert configure("photos", method="conv-adapter", epochs=100).min_epoch_steps == 1
     assert configure("photos", method="conv-adapter", epochs=100, max_steps=7).max_steps == 7
 
 

@@ -57,8 +57,8 @@ def position(checkpoint):
     [
         ({"workers": 0}, lambda where: where >= (2, 0)),
         (
-            {"checkpoint_every": 1, "workers": 2, "augment": "standard"},
-            lambda where: where >= (1, 1) and where[1],
+            {"checkpoint_every": 1, "workers": 2, "augment": "standard", "min_epoch_steps": 9},
+            lambda where: where >= (1, 7) and where[1],
         ),
     ],
     ids=["after an epoch", "inside an epoch, with loader processes"],

@@ -32,7 +32,7 @@ def test_training_learns_and_reports_what_it_did(finished):
     assert [row["epoch"] for row in finished.history] == [1, 2, 3]
     assert finished.peak_rss_mb > 100
     assert finished.images_per_second > 0
-    assert finished.val_accuracy == pytest.approx(max(row["val_accuracy"] for row in finished.history))
+    assert finished.val_accuracy == pytest.approx(finished.history[-1]["val_accuracy"])
 
 
 def test_the_parameter_counts_are_those_of_the_model(finished):
@@ -78,12 +78,21 @@ def test_a_checkpoint_holds_the_adapter_and_no_backbone(finished):
         assert path.stat().st_size < backbone_bytes
 
 
-def test_the_saved_adapter_holds_the_weights_of_the_best_epoch(finished):
-    best = read_checkpoint(finished.out / "checkpoints" / "best.ckpt")
-    assert finished.best_epoch == best["epoch"] + 1
-    saved = tg.core.read_tensors(finished.out / "adapter")
-    assert saved.keys() == best["state_dict"].keys()
-    assert all(torch.equal(saved[name], best["state_dict"][name]) for name in saved)
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [({}, "last"), ({"keep": "best"}, "best"), ({"early_stopping": 9}, "best"), ({"keep": "last"}, "last")],
+)
+def test_the_saved_adapter_holds_the_weights_of_the_epoch_to_keep(tiny, tmp_path, changes, kept):
+    # A rate so high that the last epoch is not the best one.
+    result = train(tiny(out=tmp_path / "run", lr=0.5, epochs=5, seed=2, **changes), progress=False)
+    accuracies = [row["val_accuracy"] for row in result.history]
+    assert max(accuracies) > accuracies[-1]
+    state = read_checkpoint(result.out / "checkpoints" / f"{kept}.ckpt")
+    saved = tg.core.read_tensors(result.out / "adapter")
+    assert saved.keys() == state["state_dict"].keys()
+    assert all(torch.equal(saved[name], state["state_dict"][name]) for name in saved)
+    assert result.best_epoch == state["epoch"] + 1
+    assert result.val_accuracy == pytest.approx(accuracies[result.best_epoch - 1])
 
 
 def test_the_same_settings_give_the_same_bits_and_another_seed_others(finished, tiny, tmp_path):
@@ -128,6 +137,11 @@ def test_only_a_head_is_trained_by_a_linear_probe(tiny, tmp_path):
     result = train(tiny(out=tmp_path / "run", epochs=1, method="linear"), progress=False)
     assert result.adapter_params == 0
     assert result.trainable_params == result.head_params > 0
+
+
+def test_few_images_are_passed_several_times_an_epoch(tiny, tmp_path):
+    result = train(tiny(out=tmp_path / "run", shots=2, epochs=2, min_epoch_steps=5), progress=False)
+    assert (result.steps, result.epochs, result.train_images) == (10, 2, 6)
 
 
 def test_max_steps_ends_in_the_middle_of_an_epoch_with_a_scored_result(tiny, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -23,10 +24,10 @@ from .frozen import (
     unfreeze,
 )
 from .graft import existing_point, graft_point, remove_point
-from .head import KeepsHead, head_placements
+from .head import KeepsHead, head_paths, head_placements
 from .method import Method
 from .method import method as resolve
-from .placements import Hook, Parallel, Placement
+from .placements import BatchStats, Hook, Parallel, Placement, Train
 from .probe import Example, in_eval_mode
 
 HEAD_SLOT = "head"
@@ -83,11 +84,11 @@ class Adapter:
 
     def num_parameters(self) -> int:
         """Number of trainable values the method adds, without the head."""
-        return sum(p.numel() for n, p in self.named_parameters() if not n.startswith("head."))
+        return sum(p.numel() for n, p in self.named_parameters() if not _of_head(n))
 
     def head_parameters(self) -> int:
         """Number of trainable values in the adapter's own head."""
-        return sum(p.numel() for n, p in self.named_parameters() if n.startswith("head."))
+        return sum(p.numel() for n, p in self.named_parameters() if _of_head(n))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the adapter owns (parameters, statistics, head, parked tensors), detached, by name."""
@@ -114,7 +115,7 @@ class Adapter:
                 raise GraftError(
                     f"adapter {self.name!r}: {name} has shape {tuple(state[name].shape)} in the state, "
                     f"the adapter needs {tuple(tensor.shape)}"
-                    + ("; the number of classes differs" if name.startswith("head.") else "")
+                    + ("; the number of classes differs" if _of_head(name) else "")
                 )
         with torch.no_grad():
             for name, tensor in own.items():
@@ -186,6 +187,7 @@ def attach(
     lean: bool | str = True,
     dropout: bool = False,
     example: Example | None = None,
+    _headless: bool = False,
 ) -> Adapter:
     """Adapt ``model`` in place and return the adapter, which is active from then on.
 
@@ -221,9 +223,15 @@ def attach(
         activate(model, None)
     try:
         anatomy = Anatomy(model, example=example, include=include, exclude=exclude)
+        if anatomy.trace is None:
+            warnings.warn(
+                f"{type(model).__name__} accepted no guessed input, so it is not known which sites run; "
+                "give attach(..., example=(args, kwargs))",
+                stacklevel=2,
+            )
         adapter = Adapter(model, name, config, num_classes=num_classes, batchnorm=batchnorm, lean=lean)
         adapter.include, adapter.exclude = anatomy.selection.include, anatomy.selection.exclude or None
-        placed = build(anatomy, config, num_classes=num_classes, batchnorm=batchnorm)
+        placed = build(anatomy, config, num_classes=num_classes, batchnorm=batchnorm, headless=_headless)
         check(anatomy, config, placed)
         install(adapter, anatomy, placed, dropout=dropout)
     finally:
@@ -295,21 +303,42 @@ def activate(model: nn.Module, name: str | None) -> None:
                 module.train(model.training)
 
 
-def build(anatomy: Anatomy, config: Method, *, num_classes: int | None, batchnorm: str) -> list[Placement]:
+def build(
+    anatomy: Anatomy, config: Method, *, num_classes: int | None, batchnorm: str, headless: bool = False
+) -> list[Placement]:
     """Every placement of an adapter on this anatomy: the method's, the head's, the statistics'.
+
+    ``headless``: the adapter has a head that this model has no place for, so adding nothing else is fine.
 
     Raises:
         GraftError: The method finds no place, or the model has no classifier to replace.
     """
     placed = list(config.placements(anatomy))
     if num_classes is not None:
-        homes = {anatomy.head}
-        placed = [p for p in placed if p.home not in homes or p.slot == HEAD_SLOT]
+        heads = head_paths(anatomy)
+        replaced = [p for p in placed if any(p.home == h or p.home.startswith(f"{h}.") for h in heads)]
+        placed = [p for p in placed if p not in replaced]
+        for placement in replaced:
+            if not isinstance(placement, Train):
+                warnings.warn(
+                    f"{config.name}: {placement.kind} at {placement.home!r} makes way for the head", stacklevel=3
+                )
         placed += head_placements(anatomy, num_classes)
+    _own_once(placed)
     stats = batchnorm_placements(anatomy.model, batchnorm)
-    if not placed:
+    if not placed and not headless:
         raise GraftError(f"{config} adds nothing to this model: no site is selected and num_classes is not given")
     return placed + list(stats)
+
+
+def _own_once(placed: list[Placement]) -> None:
+    """Of several copies of one parameter (combined methods) the first stays."""
+    taken: set[tuple[str, str]] = set()
+    for placement in [p for p in placed if isinstance(p, Train)]:
+        placement.give_up([n for n in placement.names if (placement.home, n) in taken])
+        taken |= {(placement.home, n) for n in placement.names}
+        if not placement.names:
+            placed.remove(placement)
 
 
 def check(anatomy: Anatomy, config: Method, placed: list[Placement]) -> None:
@@ -357,7 +386,8 @@ def install(adapter: Adapter, anatomy: Anatomy, placed: list[Placement], *, drop
         while (placement.home, placement.slot) in used:
             placement.slot, number = f"{base}{number}", number + 1
         used.add((placement.home, placement.slot))
-        placement.to(device=like.device, dtype=like.dtype)
+        # Copies of what the backbone has keep their dtype; new forms take that of the backbone.
+        placement.to(device=like.device, dtype=None if isinstance(placement, (Train, BatchStats)) else like.dtype)
         placement.train(model.training)
         head = placement.slot == HEAD_SLOT
         prefix = HEAD_SLOT if head else f"{anatomy.address(placement.home)}/{placement.slot}"
@@ -445,6 +475,11 @@ def _tensors_of(out: Any) -> Iterator[Tensor]:
     elif isinstance(out, (tuple, list)):
         for value in out:
             yield from _tensors_of(value)
+
+
+def _of_head(name: str) -> bool:
+    """Whether a saved name belongs to the adapter's own head (``head.weight``, not ``head.norm/...``)."""
+    return name.startswith(f"{HEAD_SLOT}.") and "/" not in name
 
 
 def registry_of(model: nn.Module) -> Registry:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..atomic import write_files
 from ..errors import GraftError, nearest
 from ..version import VERSION
-from .adapter import Adapter, attach, detach
+from .adapter import Adapter, attach, detach, registry_of
 from .address import Selection
 from .anatomy import Anatomy
 from .card import model_card
@@ -67,6 +67,10 @@ def save(
         GraftError: Unknown dtype, or the folder cannot be written.
     """
     target = _dtype(dtype)
+    if registry_of(adapter.model).merged is not None:
+        raise GraftError(
+            f"adapter {registry_of(adapter.model).merged.name!r} is merged into the weights; unmerge first"
+        )
     anatomy = Anatomy(adapter.model)
     modules = [(p, anatomy.address(p)) for p in anatomy.modules]
     selection = Selection(adapter.include, adapter.exclude, [len(s.blocks) for s in anatomy.stages])
@@ -126,6 +130,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
         include=config["include"],
         exclude=config["exclude"],
         batchnorm=config["batchnorm"],
+        _headless=headless,
     )
     try:
         own = adapter.state_dict()

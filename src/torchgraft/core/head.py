@@ -41,7 +41,7 @@ def head_placements(anatomy: Anatomy, num_classes: int) -> list[Replace]:
             f"num_classes={num_classes}: the width of the classifier {path!r} cannot be told; give `example=`"
         )
     head = make_head(width, num_classes, conv=conv)
-    return [Replace(p, head, slot="head") for p in [path, *_others(anatomy, path)]]
+    return [Replace(p, head, slot="head") for p in head_paths(anatomy)]
 
 
 def make_head(width: int, num_classes: int, *, conv: bool = False) -> nn.Module:
@@ -52,12 +52,13 @@ def make_head(width: int, num_classes: int, *, conv: bool = False) -> nn.Module:
     return layer
 
 
-def _others(anatomy: Anatomy, first: str) -> list[str]:
-    """Further classifiers that the model averages with the first (distilled transformers)."""
-    found = getattr(anatomy.model, "get_classifier", lambda: None)()
-    if not isinstance(found, (tuple, list)):
+def head_paths(anatomy: Anatomy) -> list[str]:
+    """Paths of the classifier and of further ones that the model averages with it (distilled transformers)."""
+    if anatomy.head is None:
         return []
-    return [p for p, m in anatomy.modules.items() if p != first and any(m is f for f in found)]
+    found = getattr(anatomy.model, "get_classifier", lambda: None)()
+    more = found if isinstance(found, (tuple, list)) else ()
+    return [anatomy.head, *(p for p, m in anatomy.modules.items() if p != anatomy.head and any(m is f for f in more))]
 
 
 class KeepsHead:

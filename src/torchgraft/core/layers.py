@@ -46,9 +46,9 @@ def is_norm(module: nn.Module) -> bool:
     """Whether ``module`` is a normalisation layer with (or without) an affine part, from any library."""
     if isinstance(module, (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
         return True
-    name = original_class(module).__name__
+    name = original_class(module).__name__.lower()
     leaf = any(p is not None for p in module._parameters.values())
-    return leaf and ("LayerNorm" in name or "RMSNorm" in name or "BatchNorm" in name or "GroupNorm" in name)
+    return leaf and any(word in name for word in ("layernorm", "rmsnorm", "batchnorm", "groupnorm"))
 
 
 def is_standardised(module: nn.Module) -> bool:

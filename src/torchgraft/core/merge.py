@@ -120,8 +120,8 @@ def merge(
     if error is not None and not error <= limit:
         unmerge(model)
         raise GraftError(
-            f"merging {adapter.name!r} changes the output by {error:.1e} (relative), more than the tolerance {limit:.1e}; "
-            "the model is unchanged. Use it unmerged, merge in float32, or pass a larger tolerance="
+            f"merging {adapter.name!r} changes the output by {error:.1e} (relative), more than the tolerance "
+            f"{limit:.1e}; the model is unchanged. Use it unmerged, merge in float32, or pass a larger tolerance="
         )
     rows = []
     for _, placement in adapter.placements:

@@ -54,11 +54,24 @@ class Router:
     """Splits what arrives at a module by adapter, and puts the results together again."""
 
     def __init__(self, names: list[str | None]) -> None:
+        self._split(names)
+
+    def _split(self, names: list[str | None]) -> None:
         self.names = names
         self.groups = {n: [i for i, m in enumerate(names) if m == n] for n in dict.fromkeys(names)}
         self.inverse = [0] * len(names)
         for position, row in enumerate(r for rows in self.groups.values() for r in rows):
             self.inverse[row] = position
+
+    @contextlib.contextmanager
+    def _only(self, name: str | None) -> Iterator[None]:
+        """Inside, every row belongs to ``name``: adapted modules inside a split module do not split again."""
+        names = self.names
+        self._split([name])
+        try:
+            yield
+        finally:
+            self._split(names)
 
     def run(self, module: Any, forward: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
         """The adapted forward of ``module``; ``forward`` is its own."""
@@ -77,7 +90,10 @@ class Router:
         rows = {name: self._rows(indices, size) for name, indices in self.groups.items()}
         if all(self._adds_only(point, name) for name in self.groups):
             return self._shared(point, forward, args, kwargs, rows)
-        parts = [self._one(point, name, forward, *_take(args, kwargs, index, size)) for name, index in rows.items()]
+        parts = []
+        for name, index in rows.items():
+            with self._only(name):
+                parts.append(self._one(point, name, forward, *_take(args, kwargs, index, size)))
         return self._join(parts, size)
 
     def _shared(

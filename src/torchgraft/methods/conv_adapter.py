@@ -26,7 +26,16 @@ from torch import nn
 
 from ..core.anatomy import Anatomy, Site
 from ..core.blocks import class_name
-from ..core.layers import ACTIVATIONS, ConvGeometry, activation_like, is_batchnorm, is_conv, is_norm
+from ..core.layers import (
+    ACTIVATIONS,
+    ConvGeometry,
+    activation_like,
+    in_channels,
+    is_batchnorm,
+    is_conv,
+    is_norm,
+    out_channels,
+)
 from ..core.method import Method, register
 from ..core.placements import Parallel, Placement, Point, Sequential, Train
 from ..errors import GraftError, nearest
@@ -205,7 +214,9 @@ class ConvAdapter(Method):
             if class_name(module) != "AttentionPool2d" or not anatomy.selection(path, anatomy.address(path)):
                 continue
             reader = next(n for n in ("qkv", "q") if isinstance(getattr(module, n, None), nn.Linear))
-            width, out = getattr(module, reader).in_features, module.proj.out_features
+            width, out = in_channels(anatomy.module(f"{path}.{reader}")), out_channels(anatomy.module(f"{path}.proj"))
+            if width is None or out is None:
+                continue
             form = LinearBottleneck(width, out, bottleneck_width(width, self.reduction), zero=False)
             placed.append(Parallel(form, Point(f"{path}.{reader}", "input"), Point(f"{path}.proj", "output")))
         return placed

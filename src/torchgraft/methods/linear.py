@@ -20,6 +20,7 @@ import dataclasses
 from torch import nn
 
 from ..core.anatomy import Anatomy
+from ..core.head import head_paths
 from ..core.layers import is_batchnorm, is_norm
 from ..core.method import Method, register
 from ..core.placements import Placement, Point, Sequential
@@ -40,7 +41,7 @@ class Linear(Method):
 
     def placements(self, anatomy: Anatomy) -> list[Placement]:
         """A copy of the classifier; nothing where the model has none and its own head is asked for."""
-        trained = tuple(f"{p}." for p in (anatomy.head, _final_norm(anatomy) if self.norm else None) if p)
+        trained = tuple(f"{p}." for p in [*head_paths(anatomy), _final_norm(anatomy) if self.norm else None] if p)
         placed: list[Placement] = [*copies(anatomy, lambda path, module, name: f"{path}.".startswith(trained))]
         if self.norm and _is_resnet(anatomy):
             end = Point(anatomy.stages[-1].root, "output")

@@ -85,8 +85,8 @@ class PadPrompt(Method):
         reader = _reader(anatomy, shape)
         if shape is None or len(shape) != 4 or reader is None:
             raise GraftError(
-                f"pad-prompt: {type(anatomy.model).__name__} was not seen to read an image (N, C, H, W) in the dry run "
-                f"(its input: {shape}); give `example=` if it does, else use another method"
+                f"pad-prompt: no layer of {type(anatomy.model).__name__} was seen to read an image (N, C, H, W) in "
+                f"the dry run (the model's input: {shape}); give `example=` if one does, else use another method"
             )
         _, channels, height, width = shape
         if self.image_size is not None:

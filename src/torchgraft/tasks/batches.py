@@ -1,4 +1,4 @@
-"""The order and the augmentation of training images as a pure function of (seed, epoch, index).
+"""The order and the augmentation of training images as a pure function of (seed, pass, index).
 
 Nothing here depends on what ran before, on the number of loader processes or on the state of any random
 generator. So a run that was killed and resumed sees the same pixels in the same order as one that was not:
@@ -42,7 +42,7 @@ def seed_everything(*entropy: int, devices: bool = True) -> None:
 
 
 class SeededImages(Dataset):
-    """Images whose random transform is seeded by (seed, epoch, index).
+    """Images whose random transform is seeded by (seed, pass, index).
 
     Args:
         images: Untransformed images with their class numbers.
@@ -57,19 +57,20 @@ class SeededImages(Dataset):
         return len(self.images)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = key
+        number, index = key
         image, label = self.images[index]
         # Images are made on the processor; seeding a device for each of them would cost more than the image.
-        seed_everything(IMAGE, self.seed, epoch, index, devices=False)
+        seed_everything(IMAGE, self.seed, number, index, devices=False)
         return self.transform(image), label
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) in an order fixed by (seed, epoch), from any batch of any epoch on.
+    """Batches of (pass, index) in an order fixed by (seed, pass), from any batch of any epoch on.
 
-    All images appear once an epoch. The batches are of equal size up to one image, so that the last one is
-    never a handful of images with the weight of a full step. With several devices each takes every
-    ``world_size``-th image of a batch; a batch that does not divide is filled up with its own first images.
+    All images appear once a pass, and an epoch is one pass or several. The batches are of equal size up to one
+    image, so that the last one is never a handful of images with the weight of a full step. With several
+    devices each takes every ``world_size``-th image of a batch; a batch that does not divide is filled up with
+    its own first images.
 
     Args:
         size: Number of images.
@@ -77,11 +78,15 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         seed: The run's seed.
         rank: This device's number.
         world_size: Number of devices.
+        passes: Passes an epoch.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, passes: int = 1
+    ) -> None:
         self.size, self.seed, self.rank, self.world_size = size, seed, rank, world_size
         self.batches = -(-size // (batch_size * world_size))
+        self.passes = passes
         self.epoch = 0
         self._resume = (0, 0)
 
@@ -90,20 +95,22 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.epoch, self._resume = epoch, (epoch, batch)
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next pass belongs to."""
+        """The epoch that the next iteration is."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.batches
+        return self.batches * self.passes
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.epoch
-        order = np.random.Generator(np.random.PCG64([ORDER, self.seed, epoch])).permutation(self.size)
-        first = self._resume[1] if epoch == self._resume[0] else 0
-        for batch in np.array_split(order, self.batches)[first:]:
-            share = -(-len(batch) // self.world_size)
-            filled = np.resize(batch, share * self.world_size)
-            yield [(epoch, int(index)) for index in filled[self.rank :: self.world_size]]
+        skipped = self._resume[1] if self.epoch == self._resume[0] else 0
+        start = self.epoch * self.passes
+        for number in range(start + skipped // self.batches, start + self.passes):
+            order = np.random.Generator(np.random.PCG64([ORDER, self.seed, number])).permutation(self.size)
+            first = max(0, skipped - (number - start) * self.batches)
+            for batch in np.array_split(order, self.batches)[first:]:
+                share = -(-len(batch) // self.world_size)
+                filled = np.resize(batch, share * self.world_size)
+                yield [(number, int(index)) for index in filled[self.rank :: self.world_size]]
 
 
 class Batches(L.LightningDataModule):
@@ -115,6 +122,7 @@ class Batches(L.LightningDataModule):
         train_transform: Random transform of training images.
         eval_transform: Transform of all other images.
         config: Batch size, seed and workers.
+        passes: Passes over the training images an epoch.
     """
 
     def __init__(
@@ -124,18 +132,20 @@ class Batches(L.LightningDataModule):
         train_transform: Transform,
         eval_transform: Transform,
         config: TrainConfig,
+        passes: int = 1,
     ) -> None:
         super().__init__()
         self.train_images = SeededImages(train, train_transform, config.seed)
         self.val_images = val.with_transform(eval_transform)
-        self.config = config
+        self.config, self.passes = config, passes
         self._position = (0, 0)
         self._batches: EpochBatches | None = None
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, augmented training batches, starting at the restored position."""
         rank, world = self._place()
-        batches = EpochBatches(len(self.train_images), self.config.batch_size, self.config.seed, rank, world)
+        size, config = len(self.train_images), self.config
+        batches = EpochBatches(size, config.batch_size, config.seed, rank, world, self.passes)
         batches.resume_at(*self._position)
         self._batches = batches
         return loader(self.train_images, self.config, batch_sampler=batches)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from pathlib import Path
 from typing import Any
 
@@ -143,25 +142,3 @@ class StepLimit(L.Callback):
         """Stop when the limit is reached."""
         if trainer.global_step >= self.max_steps:
             trainer.should_stop = True
-
-
-def steps_and_epochs(
-    images: int, batch_size: int, accumulate: int, epochs: int, max_steps: int | None
-) -> tuple[int, int]:
-    """Optimiser steps and epochs of a run.
-
-    Args:
-        images: Number of training images.
-        batch_size: Images a step over all devices.
-        accumulate: Batches a step.
-        epochs: Epochs asked for.
-        max_steps: Limit on the steps, or None.
-
-    Returns:
-        Total steps, and epochs needed for them.
-    """
-    per_epoch = math.ceil(math.ceil(images / batch_size) / accumulate)
-    total = per_epoch * epochs
-    if max_steps is not None:
-        total = min(total, max_steps)
-    return total, math.ceil(total / per_epoch)

@@ -47,7 +47,10 @@ class TrainConfig(BaseModel):
     )
     lean: bool = Field(True, description="keep only the activations that the gradients need (exact)")
 
-    epochs: int = Field(30, ge=1, description="passes over the training images")
+    epochs: int = Field(15, ge=1, description="passes over the training images, with a validation after each")
+    min_epoch_steps: int = Field(
+        1, ge=1, description="optimiser steps an epoch at least: few images are passed several times"
+    )
     max_steps: int | None = Field(
         None, ge=1, description="optimiser steps at most; the learning rate reaches its end there"
     )
@@ -68,7 +71,9 @@ class TrainConfig(BaseModel):
     monitor: Literal["val_accuracy", "val_loss"] = Field(
         "val_accuracy", description="what picks best.ckpt and drives early stopping"
     )
-    keep: Literal["best", "last"] = Field("best", description="epoch whose weights become the adapter")
+    keep: Literal["best", "last"] | None = Field(
+        None, description="epoch whose weights are the result; none: best with early stopping, else last"
+    )
     checkpoint_every: int | None = Field(
         None, ge=1, description="also save last.ckpt every so many steps, not only at epoch ends"
     )
@@ -140,7 +145,8 @@ class TrainConfig(BaseModel):
 def configure(data: str, *, recipe: str | Path | None = None, **options: Any) -> TrainConfig:
     """The settings of a run: recipe of the method < ``recipe`` < ``options``.
 
-    An explicit number of epochs lifts the step limit that a recipe sets, unless ``max_steps`` is given too.
+    An explicit number of epochs is taken literally: it lifts the limits on steps that a recipe sets below it
+    (``min_epoch_steps``, ``max_steps``).
 
     Args:
         data: What `torchgraft.data.load_data` takes.
@@ -158,7 +164,8 @@ def configure(data: str, *, recipe: str | Path | None = None, **options: Any) ->
     check_names(base, where=f"recipe of {method}")
     merged: dict[str, Any] = {}
     for layer in (base, chosen, options):
-        if "epochs" in layer and "max_steps" not in layer:
+        if "epochs" in layer:
+            merged.pop("min_epoch_steps", None)
             merged.pop("max_steps", None)
         merged.update(layer)
     return TrainConfig(**{**merged, "method": method, "data": data})

@@ -23,13 +23,13 @@ from ..core import Adapter
 from ..data import ClassificationData, ImageDataset, Transforms, load_data, transforms_for
 from ..errors import GraftError
 from .batches import ADAPTER, BACKBONE, Batches, eval_batch_size, seed_everything
+from .budget import budget
 from .checkpoints import (
     AtomicCheckpointIO,
     Patience,
     RunCheckpoints,
     StepLimit,
     read_checkpoint,
-    steps_and_epochs,
 )
 from .classification import ClassificationTask
 from .config import TrainConfig
@@ -149,23 +149,14 @@ def _describe(folder: RunFolder, job: _Job) -> None:
 
 def _fit(job: _Job, folder: RunFolder, device: torch.device, *, resume: bool, progress: bool) -> _Fit:
     config = job.config
-    images, world = len(job.data.train), config.devices
-    steps, epochs = steps_and_epochs(
-        images, config.batch_size * world, config.accumulate, config.epochs, config.max_steps
-    )
-    task = ClassificationTask(job.model, job.adapter, len(job.data.classes), config, steps)
-    loaders = Batches(
-        job.data.train,
-        job.data.val,
-        job.transforms.train,
-        job.transforms.eval,
-        config,
-    )
+    length = budget(len(job.data.train), config)
+    task = ClassificationTask(job.model, job.adapter, len(job.data.classes), config, length.steps)
+    loaders = Batches(job.data.train, job.data.val, job.transforms.train, job.transforms.eval, config, length.passes)
     history = History(folder.metrics)
     checkpoints = RunCheckpoints(folder.checkpoints, config.monitor, config.checkpoint_every)
     patience = [Patience(config.monitor, config.early_stopping)] if config.early_stopping else []
     limit = [StepLimit(config.max_steps)] if config.max_steps else []
-    display = [ProgressDisplay(history, steps)] if progress else []
+    display = [ProgressDisplay(history, length.steps)] if progress else []
     restart = checkpoints.last_path if resume and checkpoints.last_path.is_file() else None
     if restart is not None:
         read_checkpoint(restart)
@@ -175,7 +166,7 @@ def _fit(job: _Job, folder: RunFolder, device: torch.device, *, resume: bool, pr
             devices=config.devices,
             strategy=config.strategy,
             precision=config.precision,
-            max_epochs=epochs,
+            max_epochs=length.epochs,
             accumulate_grad_batches=config.accumulate,
             gradient_clip_val=config.grad_clip,
             callbacks=[history, *display, *patience, *limit, checkpoints],
@@ -197,7 +188,7 @@ def _fit(job: _Job, folder: RunFolder, device: torch.device, *, resume: bool, pr
 def _finish(job: _Job, folder: RunFolder, device: torch.device, run: _Fit) -> RunResult:
     config, adapter = job.config, job.adapter
     best_epoch = run.history.rows[-1]["epoch"]
-    if config.keep == "best":
+    if (config.keep or ("best" if config.early_stopping else "last")) == "best":
         adapter.load_state_dict(read_checkpoint(run.checkpoints.best_path)["state_dict"])
         best_epoch = run.checkpoints.best_epoch
     model = job.model.eval().to(device)

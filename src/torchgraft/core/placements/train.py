@@ -33,6 +33,12 @@ class Train(Placement):
             copy = torch.empty_like(value, device="meta") if _planning() else value.detach().clone()
             self.register_parameter(f"own_{name}", nn.Parameter(copy))
 
+    def give_up(self, names: list[str]) -> None:
+        """Own these parameters no longer (another placement of the adapter does)."""
+        for name in names:
+            del self._parameters[f"own_{name}"]
+        self.names = tuple(n for n in self.names if n not in names)
+
     def hooks(self) -> list[Hook]:
         """One view per parameter."""
         return [Hook(self.home, f"view:{name}", self) for name in self.names]
