@@ -196,6 +196,7 @@ def test_views_leave_with_their_layer_while_another_layer_stays() -> None:
     swap(linear, Doubles)
     unswap(linear, ReadsTenfold)
     assert linear.weight is linear._parameters["weight"]
+    assert not isinstance(getattr(type(linear), "weight", None), property)
 
 
 @pytest.mark.parametrize("assign", [False, True])

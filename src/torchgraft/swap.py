@@ -100,7 +100,14 @@ def _own_forward(layers: tuple[type, ...]) -> dict[str, Any]:
 
 
 def _view_property(name: str) -> property:
-    return property(lambda self: self._view(name), doc=f"``{name}`` as the active adapter sees it.")
+    def read(self: Any) -> Any:
+        try:
+            return self._view(name)
+        except AttributeError as error:
+            # Left as it is, Python would take it for a missing attribute and fall back to the plain parameter.
+            raise RuntimeError(f"reading {name!r} through its adapter failed: {error}") from error
+
+    return property(read, doc=f"``{name}`` as the active adapter sees it.")
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:

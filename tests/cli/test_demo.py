@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from torchgraft.bench import demo
 from torchgraft.errors import GraftError
@@ -59,6 +60,16 @@ def test_a_method_that_fails_is_reported_after_its_own_lines(tmp_path, capfd):
     captured = capfd.readouterr()
     assert "error: " in captured.err and "Traceback" not in captured.err
     assert captured.out.startswith("$ torchgraft train sample:nothing --backbone tf_efficientnet_lite0")
+
+
+def test_the_demo_leaves_threads_as_they_were_and_uses_as_many_as_the_user_says(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    with demo._threads(demo._thread_count()):
+        assert torch.get_num_threads() == 3
+    assert torch.get_num_threads() == before
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert demo._thread_count() == 1
 
 
 @pytest.mark.slow

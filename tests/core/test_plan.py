@@ -167,7 +167,7 @@ def test_planning_changes_nothing(training: bool) -> None:
 @pytest.mark.parametrize("active", ["one", None])
 @pytest.mark.parametrize("method", ["conv-adapter", "full", "pad-prompt"])
 def test_an_adapted_model_is_planned_like_the_plain_one(method: str, active: str | None) -> None:
-    x = torch.randn(1, 3, 64, 64)
+    x = torch.randn(1, 3, 160, 160)  # the size that the frame of pad-prompt is made for
     plain = tg.plan(_model("test_resnet"), "conv-adapter + bitfit", 64, num_classes=5)
     model = _model("test_resnet")
     disturb(tg.attach(model, method, name="one", num_classes=7))

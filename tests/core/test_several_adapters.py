@@ -104,7 +104,10 @@ def test_every_adapter_has_its_own_head() -> None:
 # -- names ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "a/b", "a b", "ä", "keys", "items", "pop", "training", "x\n", 3, None])
+BAD_NAMES = ["", "a.b", "a/b", "a b", "ä", "keys", "items", "pop", "training", "torchgraft", "x\n", 3, None]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_name_that_cannot_be_a_key_is_refused(name: object) -> None:
     model = _toy()
     remembered = Remembered(model, T)
@@ -114,7 +117,7 @@ def test_a_name_that_cannot_be_a_key_is_refused(name: object) -> None:
     remembered.assert_same()
 
 
-@pytest.mark.parametrize("name", ["a", "0", "cars-196_v2", "torchgraft", "default", "head", "forward_"])
+@pytest.mark.parametrize("name", ["a", "0", "cars-196_v2", "default", "head", "forward_"])
 def test_other_names_are_fine(name: str) -> None:
     model = _toy()
     remembered = Remembered(model, T)
@@ -302,7 +305,7 @@ def test_a_head_can_be_attached_after_the_classifier_was_reset(name: str, classe
 def test_a_model_without_a_classifier_takes_no_classes() -> None:
     model = timm.create_model("test_resnet", features_only=True).eval()
     remembered = Remembered(model, X)
-    with pytest.raises(tg.GraftError, match="num_classes=5: .* has no classifier to replace") as raised:
+    with pytest.raises(tg.GraftError, match=r"num_classes=5: .* has no classifier to replace") as raised:
         tg.attach(model, "conv-adapter", num_classes=5)
     assert "\n" not in str(raised.value)
     remembered.assert_same()

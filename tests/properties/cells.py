@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -51,7 +52,34 @@ REFUSED: dict[str, dict[str, str]] = {
 }
 """Method -> family -> what the refusal says. A refusal that is not listed is a failure."""
 
-CELLS = [(m, f) for m in tg.methods() for f in FAMILIES if f not in REFUSED.get(m, {})]
+CORE = (
+    "test_resnet",
+    "resnetv2",
+    "nfnet",
+    "densenet",
+    "convnext",
+    "tf_efficientnetv2",
+    "vit",
+    "deit_distilled",
+    "swin",
+    "beit",
+    "maxvit",
+    "torchvision_vit",
+    "hf_swin",
+    "hf_t5",
+)
+"""Families that every run of the suite covers with every method; between them they have every kind of layer."""
+
+EVERYWHERE = ("conv-adapter", "full")
+"""Methods that every run covers on every family: one of branches, one of copies."""
+
+
+def _cell(method: str, family: str) -> Any:
+    often = family in CORE or method in EVERYWHERE
+    return pytest.param((method, family), id=f"{method}-{family}", marks=() if often else pytest.mark.slow)
+
+
+CELLS = [_cell(m, f) for m in tg.methods() for f in FAMILIES if f not in REFUSED.get(m, {})]
 REFUSALS = [(m, f) for m, families in REFUSED.items() for f in families]
 
 

@@ -7,7 +7,7 @@ import pytest
 from .cells import CELLS, Cell
 
 
-@pytest.fixture(scope="module", params=CELLS, ids=lambda c: f"{c[0]}-{c[1]}")
+@pytest.fixture(scope="module", params=CELLS)
 def cell(request: pytest.FixtureRequest) -> Cell:
     """The method on the family's network, disturbed, in eval mode; every test leaves it as it found it."""
     return Cell(*request.param)

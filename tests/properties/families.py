@@ -101,7 +101,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "resnetv2": Family(
         lambda: resnetv2.ResNetV2(
-            layers=[1, 1, 2], channels=(32, 64, 128), num_classes=CLASSES, stem_chs=32, stem_type="fixed",
+            layers=[1, 1, 2],
+            channels=(32, 64, 128),
+            num_classes=CLASSES,
+            stem_chs=32,
+            stem_type="fixed",
             norm_layer=functools.partial(GroupNormAct, num_groups=4),
         ),
         side=64,
@@ -116,10 +120,11 @@ FAMILIES: dict[str, Family] = {
     "densenet": Family(lambda: densenet.DenseNet(growth_rate=8, block_config=(2, 2, 2), num_classes=CLASSES), side=64),
     "convnext": Family(_timm("test_convnext")),
     "convnextv2": Family(
-        lambda: convnext.ConvNeXt(depths=(1, 1, 2, 1), dims=(16, 24, 32, 40), use_grn=True, ls_init_value=None,
-                                  num_classes=CLASSES),
+        lambda: convnext.ConvNeXt(
+            depths=(1, 1, 2, 1), dims=(16, 24, 32, 40), use_grn=True, ls_init_value=None, num_classes=CLASSES
+        ),
         side=64,
-    ),  # fmt: skip
+    ),
     "efficientnet_lite0": Family(_timm("efficientnet_lite0")),
     "tf_efficientnetv2": Family(_timm("test_efficientnet")),
     "mobilenetv3": Family(_timm("mobilenetv3_small_050")),
@@ -137,13 +142,33 @@ FAMILIES: dict[str, Family] = {
     "maxvit": Family(_timm("test_maxvit", 64, img_size=64), side=64),
     "coatnet": Family(_timm("test_coatnet", 64, img_size=64), side=64),
     "beit": Family(
-        lambda: tm.Beit(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=CLASSES,
-                        init_values=0.1, use_abs_pos_emb=False, use_rel_pos_bias=True)
-    ),  # fmt: skip
+        lambda: tm.Beit(
+            img_size=32,
+            patch_size=8,
+            embed_dim=16,
+            depth=2,
+            num_heads=2,
+            num_classes=CLASSES,
+            init_values=0.1,
+            use_abs_pos_emb=False,
+            use_rel_pos_bias=True,
+        )
+    ),
     "eva02": Family(
-        lambda: tm.Eva(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=CLASSES,
-                       qkv_fused=False, mlp_ratio=2, swiglu_mlp=True, scale_mlp=True, use_rot_pos_emb=True)
-    ),  # fmt: skip
+        lambda: tm.Eva(
+            img_size=32,
+            patch_size=8,
+            embed_dim=16,
+            depth=2,
+            num_heads=2,
+            num_classes=CLASSES,
+            qkv_fused=False,
+            mlp_ratio=2,
+            swiglu_mlp=True,
+            scale_mlp=True,
+            use_rot_pos_emb=True,
+        )
+    ),
     "mixer": Family(
         lambda: mlp_mixer.MlpMixer(img_size=32, patch_size=8, num_blocks=2, embed_dim=16, num_classes=CLASSES)
     ),
@@ -170,13 +195,18 @@ FAMILIES: dict[str, Family] = {
     ),
     "hf_swin": Family(
         lambda: hf.SwinForImageClassification(
-            hf.SwinConfig(image_size=32, patch_size=2, embed_dim=8, depths=[2, 2], num_heads=[1, 2], window_size=4,
-                          num_labels=CLASSES)
+            hf.SwinConfig(
+                image_size=32,
+                patch_size=2,
+                embed_dim=8,
+                depths=[2, 2],
+                num_heads=[1, 2],
+                window_size=4,
+                num_labels=CLASSES,
+            )
         )
-    ),  # fmt: skip
-    "hf_bert": Family(
-        lambda: hf.BertForSequenceClassification(hf.BertConfig(**_SMALL_ENCODER, vocab_size=30)), side=0
     ),
+    "hf_bert": Family(lambda: hf.BertForSequenceClassification(hf.BertConfig(**_SMALL_ENCODER, vocab_size=30)), side=0),
     "hf_t5": Family(
         lambda: hf.T5ForConditionalGeneration(
             hf.T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=30)
@@ -185,7 +215,7 @@ FAMILIES: dict[str, Family] = {
         classifier=False,
         decodes=True,
     ),
-}  # fmt: skip
+}
 
 
 def network(family: str) -> nn.Module:
@@ -213,7 +243,7 @@ def rows(batch: dict[str, Any], *chosen: int) -> dict[str, Any]:
     return {"args": tuple(a[index] for a in batch["args"]), "kwargs": {k: v[index] for k, v in batch["kwargs"].items()}}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _original(family: str) -> nn.Module:
     torch.manual_seed(0)
     model = FAMILIES[family].build()

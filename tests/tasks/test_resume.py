@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,16 @@ def test_a_damaged_checkpoint_stops_resuming_with_its_name(tiny, tmp_path):
     (config.out / "summary.json").unlink()
     (config.out / "checkpoints" / "last.ckpt").write_bytes(b"gone")
     with pytest.raises(ValueError, match=r"last\.ckpt is damaged"):
+        train(config, resume=True, progress=False)
+
+
+def test_other_images_than_at_the_start_stop_resuming(pictures, tiny, tmp_path):
+    shutil.copytree(pictures, tmp_path / "pictures")
+    config = tiny(out=tmp_path / "run", data=str(tmp_path / "pictures"), epochs=1)
+    train(config, progress=False)
+    (config.out / "summary.json").unlink()
+    (tmp_path / "pictures" / "train" / "red" / "0.png").unlink()
+    with pytest.raises(ValueError, match=r"the train images are not those .* \(47 images now\)"):
         train(config, resume=True, progress=False)
 
 

@@ -6,15 +6,18 @@ reported belongs to that method alone, and so that what is shown is what a user 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import torch
 
 from ..atomic import write_text
 from ..backbones import list_assets
@@ -57,8 +60,9 @@ DEMOS = {
     "orientation": Demo("sample:orientation", "Which way was the animal turned?", "see which way is up", 84),
 }
 
-METHODS = {"linear": "linear", "conv-adapter": "conv-adapter", "full": "full"}
-"""Name in the results -> method as it is given to ``torchgraft train``."""
+METHODS: dict[str, tuple[str, ...]] = {"linear": (), "conv-adapter": (), "full": ("--lr", "0.0003")}
+"""Method -> options beside its recipe. At the recipe's rate of 1e-3 full fine-tuning collapses to guessing on
+the orientation task (seed 0); at 3e-4 it learns all three."""
 
 LABELS = {"linear": "linear probe", "conv-adapter": "Conv-Adapter", "full": "full fine-tuning"}
 
@@ -136,7 +140,8 @@ def run_demo(
     write_text(report, (out / "conv-adapter" / "report.html").read_text(encoding="utf-8"))
     picture = _draw(rows, demo, runs["conv-adapter"], out / "comparison.png", seed)
     say("loading the adapter into a freshly created backbone")
-    verified = check_adapter(runs["conv-adapter"], demo.data)
+    with _threads(_thread_count()):
+        verified = check_adapter(runs["conv-adapter"], demo.data)
     return DemoResult(rows, runs, picture, report, verified)
 
 
@@ -166,7 +171,7 @@ def check_adapter(run: RunResult, data: str) -> str:
 def train_command(name: str, demo: Demo, out: Path, seed: int) -> list[str]:
     """The arguments of ``torchgraft`` that train one method of the demo."""
     return [
-        "train", demo.data, "--backbone", BACKBONE, "--method", METHODS[name], "--epochs", str(EPOCHS),
+        "train", demo.data, "--backbone", BACKBONE, "--method", name, *METHODS[name], "--epochs", str(EPOCHS),
         "--image-size", str(demo.image_size), "--seed", str(seed), "--out", str(out),
     ]  # fmt: skip
 
@@ -175,10 +180,31 @@ def _train(name: str, demo: Demo, out: Path, seed: int, say: Callable[[str], Non
     arguments = train_command(name, demo, out, seed)
     say(f"$ {shlex.join(['torchgraft', *arguments])}")
     command = [sys.executable, "-m", "torchgraft", *arguments, "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"}, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(_thread_count())}
+    done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=False)
     if done.returncode != 0:
         raise GraftError(f"training {name} ended with exit code {done.returncode}; the lines above say why")
     return read_result(out / "summary.json")
+
+
+def _thread_count() -> int:
+    """What OMP_NUM_THREADS says, else one.
+
+    At this size of images a second thread gains nothing on an idle machine (measured: 40 s with one, 39 s
+    with two) and costs a factor of ten on a busy one, where the threads wait for each other.
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdigit() and int(given) > 0 else 1
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_packages(demo: Demo) -> None:

@@ -36,6 +36,7 @@ def run(
 
         result = run_demo(out, task=task, compare=compare, seed=seed, say=note)
     if as_json:
+        note(f"verified: {result.verified}")
         emit_json([asdict(row) for row in result.rows])
         return
     from torchgraft.tasks.quantities import duration, percent, size

@@ -36,7 +36,8 @@ def run(
             ("adapter", facts["folder"]),
             ("method", facts["method"]),
             *((f"  {name}", value) for name, value in facts["method_config"].items()),
-            ("backbone", ", ".join(f"{key} {_flat(value)}" for key, value in backbone.items())),
+            ("backbone", backbone["architecture"]),
+            *((f"  {name}", _flat(value)) for name, value in backbone.items() if name != "architecture"),
             ("classes", ", ".join(map(str, classes)) if classes else facts["num_classes"]),
             ("parameters", f"{facts['parameters']:,} in {len(facts['tensors'])} tensors"),
             ("on disk", size(facts["bytes"])),
@@ -90,4 +91,6 @@ def _tensors(path: Path) -> list[dict[str, Any]]:
 
 
 def _flat(value: Any) -> str:
-    return "x".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, dict):
+        return f"{len(value)}, each with its hash: {', '.join(value)}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

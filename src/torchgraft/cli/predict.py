@@ -40,21 +40,26 @@ def run(
     The exit code is 2 if one of the images cannot be read; the others are classified all the same.
     """
     with results_only(as_json):
+        from torchgraft.errors import GraftError
         from torchgraft.tasks import predict
 
+        if out is not None and out.suffix.lower() != ".png":
+            raise GraftError(f"--out {out}: the picture is a PNG file; use {out.with_suffix('.png')}")
         answers = predict(adapter, images, top=top, weights=weights, device=device or "auto")
-        if out is not None:
-            _draw(answers, out)
+        readable = [answer for answer in answers if answer.error is None]
+        if out is not None and readable:
+            _draw(readable, out)
     if as_json:
         emit_json([answer.to_dict() for answer in answers])
-    else:
-        _show(answers)
+    elif readable:
+        _show(readable)
         if out is None:
-            next_command("Draw the answers into a picture:", f"torchgraft predict {adapter} IMAGE... --out FILE.png")
+            command = f"torchgraft predict {adapter} IMAGE... --out FILE.png"
+            next_command("Draw the answers into a picture:", command)
     for answer in answers:
         if answer.error is not None:
-            note(f"error: {answer.path}: {answer.error}")
-    if any(answer.error is not None for answer in answers):
+            note(f"error: {answer.error}")
+    if len(readable) < len(answers):
         raise typer.Exit(2)
 
 
@@ -72,19 +77,14 @@ def _show(answers: list[Prediction]) -> None:
     )
 
 
-def _draw(answers: list[Prediction], out: Path) -> None:
+def _draw(readable: list[Prediction], out: Path) -> None:
     from torchgraft.data import open_image
-    from torchgraft.errors import GraftError
     from torchgraft.tasks.plots import image_grid, save
     from torchgraft.tasks.quantities import percent
 
-    if out.suffix.lower() != ".png":
-        raise GraftError(f"--out {out}: the picture is a PNG file; use {out.with_suffix('.png')}")
-    readable = [answer for answer in answers if answer.error is None][:OVERLAY]
-    if not readable:
-        raise GraftError("none of the images could be read, so there is nothing to draw")
-    pictures = [open_image(Path(answer.path)) for answer in readable]
-    captions = [answer.top[0][0] for answer in readable]
-    notes = [f"{percent(answer.top[0][1])} · {Path(answer.path).name}" for answer in readable]
+    shown = readable[:OVERLAY]
+    pictures = [open_image(Path(answer.path)) for answer in shown]
+    captions = [answer.top[0][0] for answer in shown]
+    notes = [f"{percent(answer.top[0][1])} · {Path(answer.path).name}" for answer in shown]
     save(image_grid(pictures, captions, notes), out)
-    note(f"wrote {out}" + (f" with the first {OVERLAY} images" if len(answers) > OVERLAY else ""))
+    note(f"wrote {out}" + (f" with the first {OVERLAY} images" if len(readable) > OVERLAY else ""))

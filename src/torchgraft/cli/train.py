@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import emit_json, next_command, note, pairs, results_only, say
+from .console import emit_json, next_command, pairs, results_only, say
 from .failures import Interrupted
 from .options import AsJson, Data, Device, ImageSize, Weights
 
@@ -95,7 +95,6 @@ def run(
             raise GraftError(f"{twice[0]} is set twice, by --{twice[0].replace('_', '-')} and by -o; leave one out")
         config = configure(data, recipe=recipe, **given, **more)
         folder = run_folder(config, resume=resume).path
-        note(f"run folder: {folder}")
         try:
             result = run_training(config.model_copy(update={"out": folder}), resume=resume, overwrite=overwrite)
             if not _is_first_process():

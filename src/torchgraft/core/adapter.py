@@ -17,13 +17,14 @@ from .anatomy import Anatomy, Site
 from .frozen import (
     HeldInEval,
     batchnorm_placements,
+    count_once,
     freeze,
     hold_silent,
     own_parameters,
     reference_tensor,
     unfreeze,
 )
-from .graft import existing_point, graft_point, remove_point
+from .graft import RESERVED, existing_point, graft_point, remove_point
 from .head import KeepsHead, head_paths, head_placements
 from .method import Method
 from .method import method as resolve
@@ -66,6 +67,9 @@ class Adapter:
         self.include: list[str] | None = None
         self.exclude: list[str] | None = None
         self.parked: dict[str, Tensor] = {}
+        self.dropout = False
+        self.splits = True
+        self.example: Example | None = None
 
     @property
     def head(self) -> nn.Module | None:
@@ -101,7 +105,7 @@ class Adapter:
             GraftError: A tensor is missing, unknown, or has another shape; the adapter is unchanged then.
         """
         own = dict(self._owned())
-        missing = [n for n in own if n not in state]
+        missing = [n for n in (*own, *self.parked) if n not in state]
         unknown = [n for n in state if n not in own and n not in self.parked]
         if missing or unknown:
             which, verb = (missing[0], "lacks") if missing else (unknown[0], "has an unknown")
@@ -112,11 +116,7 @@ class Adapter:
             )
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
-                raise GraftError(
-                    f"adapter {self.name!r}: {name} has shape {tuple(state[name].shape)} in the state, "
-                    f"the adapter needs {tuple(tensor.shape)}"
-                    + ("; the number of classes differs" if _of_head(name) else "")
-                )
+                raise GraftError(f"adapter {self.name!r}: {shape_mismatch(name, state[name], tensor)}")
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state[name])
@@ -216,8 +216,6 @@ def attach(
     """
     config = resolve(method)
     _check_name(model, name)
-    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
-        raise GraftError(f"num_classes={num_classes!r}: expected a whole number of at least 1")
     was_active = active(model)
     if was_active is not None:
         activate(model, None)
@@ -230,6 +228,7 @@ def attach(
                 stacklevel=2,
             )
         adapter = Adapter(model, name, config, num_classes=num_classes, batchnorm=batchnorm, lean=lean)
+        adapter.example = example
         adapter.include, adapter.exclude = anatomy.selection.include, anatomy.selection.exclude or None
         placed = build(anatomy, config, num_classes=num_classes, batchnorm=batchnorm, headless=_headless)
         check(anatomy, config, placed)
@@ -238,11 +237,10 @@ def attach(
         if was_active is not None and active(model) is None:
             activate(model, was_active)
     try:
-        _check_gradients(adapter, anatomy, example)
-    except GraftError:
+        _check_gradients(adapter, anatomy)
+    except Exception:
         detach(model, name)
-        if was_active is not None:
-            activate(model, was_active)
+        activate(model, was_active)
         raise
     return adapter
 
@@ -271,7 +269,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             continue
         for one in names:
             point.drop(one)
-        if not point.actions:
+        if not point.actions and not point.adapters:
             remove_point(module)
     if registry.adapters:
         activate(model, registry.active)
@@ -295,12 +293,13 @@ def activate(model: nn.Module, name: str | None) -> None:
     if registry.merged is not None and name != registry.merged.name:
         raise GraftError(f"adapter {registry.merged.name!r} is merged into the weights; unmerge first")
     registry.active = None if name is None else _known(registry, name)
+    hold_silent(model, name is not None and registry.adapters[name].dropout)
     for module in model.modules():
         point = existing_point(module)
         if point is not None:
             point.select(registry.active)
-            if has_layer(module, HeldInEval):
-                module.train(model.training)
+        if has_layer(module, HeldInEval):
+            module.settle()  # type: ignore[operator]
 
 
 def build(
@@ -313,6 +312,8 @@ def build(
     Raises:
         GraftError: The method finds no place, or the model has no classifier to replace.
     """
+    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
+        raise GraftError(f"num_classes={num_classes!r}: expected a whole number of at least 1")
     placed = list(config.placements(anatomy))
     if num_classes is not None:
         heads = head_paths(anatomy)
@@ -347,10 +348,13 @@ def check(anatomy: Anatomy, config: Method, placed: list[Placement]) -> None:
     Raises:
         GraftError: Names the method, the site and the reason.
     """
+    around: set[str] = set()
     for placement in placed:
-        support = type(placement).supports(anatomy.module(placement.home))
-        if not support.forward:
-            raise GraftError(f"{config.name}: site {placement.home!r} cannot take {placement.kind}: {support.reason}")
+        support = placement.supports_here(anatomy.module(placement.home))
+        for hook in placement.hooks():
+            if hook.when == "around" and hook.path in around:
+                raise GraftError(f"{config.name}: two placements take the place of {hook.path!r}; only one can")
+            around |= {hook.path} if hook.when == "around" else set()
         for hook in placement.hooks():
             if hook.when.startswith("view:") or placement.functional:
                 continue
@@ -367,6 +371,8 @@ def check(anatomy: Anatomy, config: Method, placed: list[Placement]) -> None:
                     f"{config.name}: site {hook.path!r} is called {count} times in one forward (a shared module), so a "
                     f"tensor cannot be carried to or from it; exclude it with exclude={hook.path!r}"
                 )
+        if not support.forward:
+            raise GraftError(f"{config.name}: site {placement.home!r} cannot take {placement.kind}: {support.reason}")
 
 
 def install(adapter: Adapter, anatomy: Anatomy, placed: list[Placement], *, dropout: bool = False) -> None:
@@ -378,7 +384,7 @@ def install(adapter: Adapter, anatomy: Anatomy, placed: list[Placement], *, drop
         model.__dict__["_torchgraft_registry"] = registry
         if callable(getattr(model, "reset_classifier", None)):
             swap(model, KeepsHead)
-    hold_silent(model, dropout)
+    adapter.dropout = dropout
     like = reference_tensor(model)
     used: set[tuple[str, str]] = set()
     for placement in placed:
@@ -389,10 +395,14 @@ def install(adapter: Adapter, anatomy: Anatomy, placed: list[Placement], *, drop
         # Copies of what the backbone has keep their dtype; new forms take that of the backbone.
         placement.to(device=like.device, dtype=None if isinstance(placement, (Train, BatchStats)) else like.dtype)
         placement.train(model.training)
+        count_once(placement)
         head = placement.slot == HEAD_SLOT
         prefix = HEAD_SLOT if head else f"{anatomy.address(placement.home)}/{placement.slot}"
         adapter.placements.append((prefix, placement))
         insert(model, name, placement)
+    adapter.splits = all(
+        anatomy.calls(h.path) > 0 for _, p in adapter.placements for h in p.hooks() if h.when.startswith("view:")
+    )
     homes = {p.home: None for _, p in adapter.placements if p.slot != HEAD_SLOT and p.kind != "stats"}
     adapter.sites = [anatomy.site(path) for path in homes]
     registry.adapters[name] = adapter
@@ -423,7 +433,7 @@ def _no_change(module: nn.Module, args: Any) -> None:
     """A hook that does nothing; its presence is what counts."""
 
 
-def _check_gradients(adapter: Adapter, anatomy: Anatomy, example: Example | None) -> None:
+def _check_gradients(adapter: Adapter, anatomy: Anatomy) -> None:
     """Placements on weights of modules that are never called must still reach the output.
 
     One forward and one backward, only when there are such placements.
@@ -438,7 +448,7 @@ def _check_gradients(adapter: Adapter, anatomy: Anatomy, example: Example | None
     doubtful = [(home, tensors) for home, tensors in doubtful if tensors]
     if not doubtful:
         return
-    args, kwargs = example or _traced_example(anatomy)
+    args, kwargs = anatomy.trace.example
     with in_eval_mode(adapter.model), torch.enable_grad():
         out = adapter.model(*args, **kwargs)
         total = sum(t.float().sum() for t in _tensors_of(out) if t.requires_grad)
@@ -455,17 +465,6 @@ def _check_gradients(adapter: Adapter, anatomy: Anatomy, example: Example | None
             )
 
 
-def _traced_example(anatomy: Anatomy) -> Example:
-    from .probe import guesses
-
-    assert anatomy.trace is not None
-    for args, kwargs in guesses(anatomy.model):
-        tensor = next(iter([*args, *kwargs.values()]))
-        if tuple(tensor.shape) == anatomy.trace.input:
-            return args, kwargs
-    raise GraftError("the dry run cannot be repeated: give `example=`")
-
-
 def _tensors_of(out: Any) -> Iterator[Tensor]:
     if isinstance(out, Tensor):
         yield out
@@ -475,6 +474,12 @@ def _tensors_of(out: Any) -> Iterator[Tensor]:
     elif isinstance(out, (tuple, list)):
         for value in out:
             yield from _tensors_of(value)
+
+
+def shape_mismatch(name: str, held: Tensor, needed: Tensor) -> str:
+    """The error text for a saved tensor that does not fit."""
+    classes = "; the number of classes differs" if _of_head(name) else ""
+    return f"{name} has shape {tuple(held.shape)} in the state, the adapter needs {tuple(needed.shape)}{classes}"
 
 
 def _of_head(name: str) -> bool:
@@ -500,7 +505,17 @@ def _known(registry: Registry, name: str) -> str:
 
 
 def _check_name(model: nn.Module, name: str) -> None:
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
+    if (
+        not isinstance(name, str)
+        or not re.fullmatch(r"[A-Za-z0-9_-]+", name)
+        or name == RESERVED
+        or hasattr(nn.ModuleDict(), name)
+    ):
         raise GraftError(f"name={name!r}: expected letters, digits, '-' and '_' (and no name of a ModuleDict method)")
+    if any("_torchgraft_registry" in m.__dict__ for m in model.modules() if m is not model):
+        inner = next(p for p, m in model.named_modules() if p and "_torchgraft_registry" in m.__dict__)
+        raise GraftError(
+            f"the part {inner!r} of this model has adapters of its own; detach them, or attach to the part"
+        )
     if name in adapters(model):
         raise GraftError(f"the model already has an adapter {name!r}; detach it first or give another name")

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from timm.models._features import FeatureDictNet, FeatureGetterNet
 from torch import nn
 
-from ..errors import GraftError, nearest
-from .address import Selection
-from .blocks import Block, Stage, class_name, find_stages, inner_modules, roles_in_block
+from ..errors import GraftError
+from .address import Addresses, Selection
+from .blocks import Block, Stage, called_block, class_name, find_stages, inner_modules
 from .layers import ConvGeometry, in_channels, is_conv, is_norm, kind_of, out_channels
+from .layout import layout_at
 from .placements.base import Point
 from .placements.branch import Layout
 from .probe import Example, Trace, dry_run
+from .roles import roles_in_block
+from .twins import original_names, wrapped_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,10 @@ class Site:
     Attributes:
         path: Module path in this model.
         address: Canonical address, the same in every twin of the model.
-        role: What the module does there (``spatial_conv``, ``attn.qkv``, ``block``, ``norm``, ...).
+        role: What the module does there: inside blocks as in
+            :func:`torchgraft.core.roles.roles_in_block`, and ``block``, ``stem`` (convolutions ahead of the
+            blocks), ``downsample`` (spatial convolutions between blocks), ``head`` (classifiers), ``conv``,
+            ``linear``, ``norm``; ``module`` for any other module.
         kind: Layer kind (:func:`torchgraft.core.layers.kind_of`).
         in_channels: Channels or features it reads; None for modules without the notion.
         out_channels: Channels or features it returns.
@@ -62,8 +66,15 @@ class Anatomy:
         input_size: Side of the image in pixels for a guessed example.
 
     Attributes:
+        modules: Every module by its path, without what adapters added.
         stages: The stages with their blocks.
+        blocks: The blocks of all stages.
         trace: The dry run's record, None when the model accepted no guess.
+        stem: Path of the first layer with weights.
+        base: Path of the module that holds the backbone (empty: the model itself), as in a detector.
+        head: Path of the classifier, None for a feature extractor; the module that holds them where a model
+            keeps several in one place.
+        heads: Paths of the classifiers' layers: one in most models, two in distilled ones.
         sites: Every site inside the selection, in the order of the model.
     """
 
@@ -80,16 +91,16 @@ class Anatomy:
         self.modules = dict(inner_modules(model))
         self.stages: list[Stage] = find_stages(model)
         self.blocks: list[Block] = [b for s in self.stages for b in s.blocks]
+        self._block_paths = {b.path for b in self.blocks}
         self.trace: Trace | None = dry_run(model, example, input_size)
-        self.stem = self._find_stem()
+        self.stem = next((p for p in self._called() if self._is_first(self.modules[p])), None)
         self.base = self._find_base()
-        self._roots = {s.root: i for i, s in enumerate(self.stages)}
-        self._numbers = {b.path: b for b in self.blocks}
-        self.head = self._find_head()
+        self.head, self.heads = self._find_heads()
+        self._addresses = Addresses(self.modules, self.stages, [self.base, wrapped_in(model)], original_names(model))
         self.selection = Selection(include, exclude, [len(s.blocks) for s in self.stages])
         self.selection.check((p, self.address(p)) for p in self.modules)
-        self._all = list(self._find_sites())
-        self.sites = [s for s in self._all if self.selection(s.path, s.address)]
+        self._all = {s.path: s for s in self._find_sites()}
+        self.sites = [s for s in self._all.values() if self.selection(s.path, s.address)]
 
     # -- looking things up ------------------------------------------------------------------------------
 
@@ -99,19 +110,7 @@ class Anatomy:
 
     def address(self, path: str) -> str:
         """Canonical address of the module at ``path``."""
-        block = next((b for b in self._ancestors(path) if b in self._numbers), None)
-        if block is not None:
-            found = self._numbers[block]
-            stage = f"stages[{found.stage}]." if len(self.stages) > 1 else ""
-            return f"{stage}blocks[{found.index}]{path[len(block) :]}"
-        root = next((r for r in self._ancestors(path) if r in self._roots), None)
-        if root is not None and len(self.stages) > 1:
-            return f"stages[{self._roots[root]}]{path[len(root) :]}"
-        if self.base and path.startswith(self.base + "."):
-            path = path[len(self.base) + 1 :]
-        if isinstance(self.model, FeatureDictNet):
-            path = re.sub(r"^([A-Za-z]\w*?)_(\d+)(?=\.|$)", r"\1.\2", path)
-        return path
+        return self._addresses.address(path)
 
     def path(self, address: str) -> str:
         """Module path of a canonical address.
@@ -119,11 +118,7 @@ class Anatomy:
         Raises:
             GraftError: No module of this model has the address.
         """
-        if not hasattr(self, "_paths"):
-            self._paths = {self.address(p): p for p in ["", *self.modules]}
-        if address not in self._paths:
-            raise GraftError(f"this model has no site {address!r}; {nearest(address, self._paths)}")
-        return self._paths[address]
+        return self._addresses.path(address)
 
     def find(self, *roles: str) -> list[Site]:
         """The selected sites with one of these roles.
@@ -133,20 +128,24 @@ class Anatomy:
         """
         found = []
         for site in self.sites:
-            named = self.selection.explicit(site.path, site.address)
-            promoted = named and site.role in ("conv", "stem", "downsample") and "spatial_conv" in roles
-            if site.role in roles or promoted:
+            lesser = site.role in ("conv", "stem", "downsample") and "spatial_conv" in roles and site.kernel is not None
+            if site.role in roles or (lesser and self.selection.explicit(site.path, site.address)):
                 found.append(site)
         return found
 
     def site(self, path: str) -> Site:
         """The site of any module, listed among the sites or not."""
-        found = next((s for s in self._all if s.path == path), None)
-        return found or self._make(path, "module", None)
+        return self._all.get(path) or self._make(path, "module", self.block_of(path))
 
     def inside(self, block: str, *roles: str) -> list[Site]:
         """The sites of one block, selected or not, with one of these roles."""
-        return [s for s in self._all if s.block == block and s.role in roles]
+        return [s for s in self._by_block.get(block, []) if s.role in roles]
+
+    def block_of(self, path: str) -> str | None:
+        """Path of the block that the module is or belongs to, None outside blocks."""
+        while path and path not in self._block_paths:
+            path = path.rpartition(".")[0]
+        return path or None
 
     def shapes(self, path: str) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
         """Input and output shape that the dry run saw at ``path``."""
@@ -181,33 +180,31 @@ class Anatomy:
         return shape
 
     def layout(self, point: Point) -> Layout:
-        """How the tensor at ``point`` holds its channels.
-
-        Decided by the widths of the layers of the block: the axis that has their size holds the channels.
-        """
-        module = self.module(point.path)
-        shape = self.shape(point)
-        if is_conv(module):
-            return Layout()
-        if len(shape) == 3:
-            if self.conv_dims() == 1:
-                return Layout()
-            prefix = getattr(self.model, "num_prefix_tokens", None)
-            side = math.isqrt(shape[1])
-            prefix = shape[1] - side * side if prefix is None else prefix
-            return Layout("NLC", prefix, self._grid(shape[1] - prefix))
-        widths = self._widths(point.path)
-        first, last = shape[1] in widths, shape[-1] in widths
-        return Layout("N...C") if last and (not first or self._tokens_inside(point.path)) else Layout()
+        """How the tensor at ``point`` holds its channels; see :func:`torchgraft.core.layout.layout_at`."""
+        return layout_at(self, point)
 
     def conv_dims(self) -> int:
         """Spatial dimensions of the model's first convolution (2 where it has none)."""
-        for module in self.modules.values():
-            if is_conv(module):
-                return ConvGeometry.of(module).dims
-        return 2
+        return next((len(m.kernel_size) for m in self.modules.values() if is_conv(m)), 2)  # type: ignore[arg-type]
 
     # -- construction -----------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _by_block(self) -> dict[str, list[Site]]:
+        found: dict[str, list[Site]] = {}
+        for site in self._all.values():
+            found.setdefault(site.block or "", []).append(site)
+        return found
+
+    def _called(self) -> list[str]:
+        """The modules in the order in which they ran; in that of the model when there was no dry run."""
+        if self.trace is None:
+            return list(self.modules)
+        return [p for p in self.trace.calls if p in self.modules]
+
+    @staticmethod
+    def _is_first(module: nn.Module) -> bool:
+        return is_conv(module) or isinstance(module, (nn.Linear, nn.Embedding))
 
     def _find_sites(self) -> Iterator[Site]:
         roles: dict[str, tuple[str, str | None]] = {}
@@ -215,29 +212,38 @@ class Anatomy:
             roles[block.path] = ("block", block.path)
             for inner, role in roles_in_block(self.modules[block.path], block.name).items():
                 roles[f"{block.path}.{inner}"] = (role, block.path)
+        before, between = self._ahead_of_and_between_blocks()
         for path, module in self.modules.items():
-            if path in roles:
-                yield self._make(path, *roles[path])
-            elif path == self.head:
+            if path in self.heads:
                 yield self._make(path, "head", None)
             elif path == self.stem:
-                yield self._make(path, "stem", None)
+                yield self._make(path, "stem", roles.get(path, ("", None))[1])
+            elif path in roles:
+                yield self._make(path, *roles[path])
             elif is_norm(module):
                 yield self._make(path, "norm", None)
             elif is_conv(module):
-                yield self._make(path, self._conv_role(path, module), None)
+                spatial = max(ConvGeometry.of(module).kernel) > 1
+                inside = "downsample" if path in between else "conv"
+                flat = not self.blocks and path.startswith(self.base)
+                role = ("spatial_conv" if flat else inside) if spatial else "conv"
+                yield self._make(path, "stem" if path in before else role, None)
             elif isinstance(module, nn.Linear):
                 yield self._make(path, "linear", None)
 
-    def _conv_role(self, path: str, module: nn.Module) -> str:
-        spatial = any(k > 1 for k in ConvGeometry.of(module).kernel)
-        if not self.blocks:
-            return "spatial_conv" if spatial else "conv"
-        first = self.blocks[0].path
-        names = list(self.modules)
-        if names.index(path) < names.index(first):
-            return "stem"
-        return "downsample" if spatial else "conv"
+    def _ahead_of_and_between_blocks(self) -> tuple[set[str], set[str]]:
+        """The modules that run before the first block, and those that run before the last one has ended.
+
+        Blocks that are only known by repetition do not tell where a network begins and ends: there everything
+        behind the stem counts as between them.
+        """
+        order = self._called()
+        inside = [i for i, p in enumerate(order) if self.block_of(p) is not None]
+        if not inside:
+            return set(), set()
+        if not any(called_block(self.modules[b.path]) for b in self.blocks):
+            return set(), set(order)
+        return set(order[: inside[0]]), set(order[inside[0] : inside[-1]])
 
     def _make(self, path: str, role: str, block: str | None) -> Site:
         module = self.module(path)
@@ -253,80 +259,46 @@ class Anatomy:
             fires=None if self.trace is None else self.trace.fired(path),
         )
 
-    def _find_stem(self) -> str | None:
-        """The first layer with weights that the dry run called (or that the model lists)."""
-        order = list(self.modules)
-        if self.trace is not None:
-            order = sorted(self.trace.calls, key=lambda p: self.trace.calls[p].order)  # type: ignore[union-attr]
-        for path in order:
-            module = self.modules.get(path)
-            if module is not None and (is_conv(module) or isinstance(module, (nn.Linear, nn.Embedding))):
-                return path
-        return None
-
     def _find_base(self) -> str:
         """The module that holds the stem and every block; addresses outside blocks are relative to it."""
-        if isinstance(self.model, FeatureGetterNet):
-            return "model"
+        wrapper = wrapped_in(self.model)
+        if not wrapper and not self.blocks and (self.stem or "").startswith("backbone."):
+            wrapper = "backbone"
         if not self.blocks or self.stem is None:
-            return ""
+            return wrapper
         common = self.stem.split(".")[:-1]
         for block in self.blocks:
             parts = block.path.split(".")
-            common = common[
-                : next((i for i, (a, b) in enumerate(zip(common, parts, strict=False)) if a != b), len(common))
-            ]
+            same = (i for i, (a, b) in enumerate(zip(common, parts, strict=False)) if a != b)
+            common = common[: next(same, min(len(common), len(parts) - 1))]
         while common and isinstance(self.modules[".".join(common)], (nn.Sequential, nn.ModuleList)):
             common.pop()
-        return ".".join(common)
+        return ".".join(common) or wrapper
 
-    def _find_head(self) -> str | None:
-        """The classifier: what the model itself names, else the last linear layer with a flat output."""
-        owner = self.model
-        if callable(getattr(owner, "get_classifier", None)):
-            found = owner.get_classifier()  # type: ignore[operator]
-            found = found[0] if isinstance(found, (tuple, list)) and found else found
-            return next((p for p, m in self.modules.items() if m is found), None)
-        if self.trace is None:
-            return None
-        flat = [
-            p
-            for p, call in sorted(self.trace.calls.items(), key=lambda item: item[1].order)
-            if isinstance(self.modules.get(p), nn.Linear) and call.output is not None and len(call.output) == 2
-        ]
-        whole = self.trace.calls.get("")
-        if flat and whole is not None and whole.output == self.trace.calls[flat[-1]].output:
-            return flat[-1]
-        return None
+    def _find_heads(self) -> tuple[str | None, list[str]]:
+        """The classifier and its layers: what the model itself names, else the layer that makes its flat output."""
+        if callable(getattr(self.model, "get_classifier", None)):
+            named: Any = self.model.get_classifier()  # type: ignore[operator]
+            paths = {id(m): p for p, m in self.modules.items()}
+            if isinstance(named, (tuple, list)):
+                listed = [paths[id(m)] for m in named if id(m) in paths]
+                return (listed[0] if listed else None), listed
+            path = paths.get(id(named))
+            layers = [] if path is None else self._classifier_layers(path)
+            return (layers[0] if len(layers) == 1 else path), layers
+        whole = self.trace.calls.get("") if self.trace else None
+        if whole is None or whole.output is None or len(whole.output) != 2:
+            return None, []
+        called = [p for p in self._called() if is_conv(self.modules[p]) or isinstance(self.modules[p], nn.Linear)]
+        found = [p for p in called[-1:] if self.shapes(p)[1] == whole.output]
+        return (found[0] if found else None), found
 
-    def _widths(self, path: str) -> set[int]:
-        block = next((b for b in self._ancestors(path) if b in self._numbers), path)
-        module = self.module(block)
-        widths = {
-            w for m in [module, *(m for _, m in inner_modules(module))] for w in (in_channels(m), out_channels(m)) if w
-        }
-        return widths
-
-    def _tokens_inside(self, path: str) -> bool:
-        """Whether the block around ``path`` works on channels-last tensors (linears or norms over the last axis)."""
-        block = next((b for b in self._ancestors(path) if b in self._numbers), path)
-        module = self.module(block)
-        norms = [m for _, m in inner_modules(module) if isinstance(m, nn.LayerNorm)]
-        convs = any(is_conv(m) for _, m in inner_modules(module))
-        return not convs and bool(norms)
-
-    def _grid(self, length: int) -> tuple[int, int] | None:
-        grid = getattr(getattr(self.model, "patch_embed", None), "grid_size", None)
-        if grid is not None and grid[0] * grid[1] == length:
-            return int(grid[0]), int(grid[1])
-        return None
-
-    @staticmethod
-    def _ancestors(path: str) -> Iterator[str]:
-        """The path itself, then everything above it, innermost first."""
-        while path:
-            yield path
-            path = path.rpartition(".")[0]
+    def _classifier_layers(self, path: str) -> list[str]:
+        """The layers with one output per class inside a classifier that is more than one layer."""
+        classes = getattr(self.model, "num_classes", None)
+        inner = {p: m for p, m in inner_modules(self.modules[path]) if is_conv(m) or isinstance(m, nn.Linear)}
+        layers = [p for p, m in inner.items() if out_channels(m) == classes] or list(inner)[-1:]
+        return [f"{path}.{p}" for p in layers] or [path]
 
 
 def anatomy(

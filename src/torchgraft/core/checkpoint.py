@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from ..atomic import write_files
 from ..errors import GraftError, nearest
 from ..version import VERSION
-from .adapter import Adapter, attach, detach, registry_of
+from .adapter import HEAD_SLOT, Adapter, activate, active, attach, build, detach, registry_of, shape_mismatch
 from .address import Selection
 from .anatomy import Anatomy
 from .card import model_card
 from .fingerprint import check_fingerprint, fingerprint
 from .method import Method, method_class
+from .probe import Example
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -71,7 +73,7 @@ def save(
         raise GraftError(
             f"adapter {registry_of(adapter.model).merged.name!r} is merged into the weights; unmerge first"
         )
-    anatomy = Anatomy(adapter.model)
+    anatomy = Anatomy(adapter.model, example=adapter.example)
     modules = [(p, anatomy.address(p)) for p in anatomy.modules]
     selection = Selection(adapter.include, adapter.exclude, [len(s.blocks) for s in anatomy.stages])
     include, exclude = selection.canonical(modules)
@@ -91,6 +93,7 @@ def save(
         "exclude": exclude,
         "sites": [s.address for s in adapter.sites],
         "parameters": adapter.num_parameters(),
+        "traced": anatomy.trace is not None,
         "backbone": fingerprint(anatomy),
     }
     writers: dict[str, Callable[[Path], object]] = {
@@ -104,7 +107,14 @@ def save(
     write_files(folder, writers)
 
 
-def load(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None, strict: bool = True) -> Adapter:
+def load(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str | None = None,
+    strict: bool = True,
+    *,
+    example: Example | None = None,
+) -> Adapter:
     """Attach the adapter in ``folder`` to ``model`` and make it active.
 
     Args:
@@ -112,26 +122,31 @@ def load(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
         folder: What :func:`save` wrote.
         name: Name on this model; default: the one it was saved under.
         strict: Refuse a backbone whose weights differ, and sites that the model lacks.
+        example: Input ``(args, kwargs)`` of the dry run, for models whose input cannot be guessed.
 
     Raises:
         GraftError: Missing, damaged or foreign files, or another backbone; the model is unchanged then.
     """
     config = read_config(folder)
     tensors = read_tensors(folder)
-    anatomy = Anatomy(model)
+    anatomy = Anatomy(model, example=example)
+    if anatomy.trace is None and config.get("traced", True):
+        raise GraftError(
+            f"{Path(folder)}: {type(model).__name__} accepts no guessed input, so the adapter's sites cannot be found; "
+            "pass example=(args, kwargs), as when it was attached"
+        )
     check_fingerprint(fingerprint(anatomy), config["backbone"], strict=strict)
-    method = _method_of(config)
+    was_active = active(model)
     headless = anatomy.head is None
-    adapter = attach(
-        model,
-        method,
-        name=name or config["name"],
-        num_classes=None if headless else config["num_classes"],
-        include=config["include"],
-        exclude=config["exclude"],
-        batchnorm=config["batchnorm"],
-        _headless=headless,
-    )
+    options: dict[str, Any] = {
+        "num_classes": None if headless else config["num_classes"],
+        "include": config["include"],
+        "exclude": config["exclude"],
+        "batchnorm": config["batchnorm"],
+        "example": example,
+    }
+    _check_sizes(model, config, tensors, options, headless, Path(folder))
+    adapter = attach(model, _method_of(config), name=name or config["name"], _headless=headless, **options)
     try:
         own = adapter.state_dict()
         extra = [key for key in tensors if key not in own]
@@ -147,8 +162,40 @@ def load(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
         adapter.load_state_dict(tensors)
     except Exception:
         detach(model, adapter.name)
+        activate(model, was_active)
         raise
     return adapter
+
+
+def _check_sizes(
+    model: nn.Module,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    options: dict[str, Any],
+    headless: bool,
+    folder: Path,
+) -> None:
+    """Refuse a config that asks for other sizes than the file holds, before any memory is taken for it."""
+    anatomy = Anatomy(model, include=options["include"], exclude=options["exclude"], example=options["example"])
+    method, batchnorm = _method_of(config), options["batchnorm"]
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            placed = build(anatomy, method, num_classes=options["num_classes"], batchnorm=batchnorm, headless=headless)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise GraftError(
+            f"{folder}: {config['method']} cannot be built with the shapes its configuration asks for "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    for placement in placed:
+        head = placement.slot == HEAD_SLOT
+        prefix = HEAD_SLOT if head else f"{anatomy.address(placement.home)}/{placement.slot}"
+        for key, tensor in placement.owned().items():
+            held = tensors.get(f"{prefix}.{key}")
+            if held is not None and held.shape != tensor.shape:
+                raise GraftError(f"{folder}: {shape_mismatch(f'{prefix}.{key}', held, tensor)}")
+            if held is None and head:
+                raise GraftError(f"{folder}: the file holds no head for num_classes={config['num_classes']}")
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -164,6 +211,8 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
             raise GraftError(f"{where}: the field {field!r} is missing; this is no adapter of torchgraft")
         if not isinstance(config[field], types) or isinstance(config[field], bool):
             raise GraftError(f"{where}: {field}={config[field]!r} is not valid; expected {types[0].__name__}")
+    if config["format"] < 1:
+        raise GraftError(f"{where}: format {config['format']} is not valid; the first format is 1")
     if config["format"] > FORMAT:
         raise GraftError(
             f"{where}: format {config['format']} is newer than this torchgraft reads ({FORMAT}); upgrade it"
@@ -232,8 +281,8 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path, config: dict[str, Any]
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
+    if dtype is None or dtype in (*DTYPES.values(), torch.float64):
+        return dtype  # type: ignore[return-value]
     if dtype not in DTYPES:
         raise GraftError(f"dtype={dtype!r}; {nearest(str(dtype), DTYPES)}")
-    return DTYPES[dtype]
+    return DTYPES[str(dtype)]

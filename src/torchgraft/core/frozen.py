@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from ..errors import GraftError, nearest
 from ..swap import has_layer, swap, unswap
 from .blocks import inner_modules
-from .graft import RESERVED
+from .graft import RESERVED, recomputing
 from .layers import is_batchnorm
 from .placements.train import BatchStats
 
@@ -24,10 +26,30 @@ class HeldInEval:
     def train(self, mode: bool = True) -> nn.Module:
         """Pass the mode on to the children; follow it only where the active adapter asks for it."""
         super().train(mode)  # type: ignore[misc]
-        point = self._modules.get("torchgraft")  # type: ignore[attr-defined]
+        self.__dict__["_wanted_mode"] = mode
+        return self.settle()
+
+    def settle(self) -> nn.Module:
+        """Take the mode that the model's mode and the active adapter give this one module."""
+        point = self._modules.get(RESERVED)  # type: ignore[attr-defined]
         follows = point is not None and any(isinstance(a, BatchStats) and a.mode == "train" for a in point.before)
-        self.training = mode and follows
+        self.training = self.__dict__["_wanted_mode"] and follows
         return self  # type: ignore[return-value]
+
+
+def hold(module: nn.Module) -> None:
+    """Keep one module in eval mode from now on, and remember the mode it would have."""
+    if not has_layer(module, HeldInEval):
+        swap(module, HeldInEval)
+        module.__dict__["_wanted_mode"] = module.training
+    module.settle()  # type: ignore[operator]
+
+
+def release(module: nn.Module) -> None:
+    """Let a held module have the mode it would have; a no-op for others."""
+    if has_layer(module, HeldInEval):
+        unswap(module, HeldInEval)
+        module.training = module.__dict__.pop("_wanted_mode")
 
 
 def freeze(model: nn.Module) -> dict[str, bool]:
@@ -42,8 +64,7 @@ def freeze(model: nn.Module) -> dict[str, bool]:
             parameter.requires_grad_(False)
     for _, module in inner_modules(model):
         if is_batchnorm(module) or _drops(module):
-            swap(module, HeldInEval)
-            module.train(module.training)
+            hold(module)
     return before
 
 
@@ -53,21 +74,51 @@ def unfreeze(model: nn.Module, before: dict[str, bool]) -> None:
         if name in before:
             parameter.requires_grad_(before[name])
     for _, module in inner_modules(model):
-        if has_layer(module, HeldInEval):
-            unswap(module, HeldInEval)
-            module.training = model.training
+        release(module)
+    _functional_rates(model, silent=False)
 
 
 def hold_silent(model: nn.Module, dropout: bool) -> None:
     """Let the backbone's own dropout act in training (``dropout=True``) or keep it silent."""
     for _, module in inner_modules(model):
         if _drops(module) and not is_batchnorm(module):
-            if dropout:
-                unswap(module, HeldInEval)
-                module.training = model.training
-            else:
-                swap(module, HeldInEval)
-                module.train(model.training)
+            (release if dropout else hold)(module)
+    _functional_rates(model, silent=not dropout)
+
+
+class CountsOnce:
+    """A BatchNorm of an adapter's own: the second forward of gradient checkpointing leaves its statistics alone."""
+
+    training: bool
+    _buffers: dict[str, Any]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise; in a recomputed forward on copies of the statistics."""
+        if not (self.training and recomputing()):
+            return super().forward(x)  # type: ignore[misc]
+        own = dict(self._buffers)
+        self._buffers.update({n: None if b is None else b.clone() for n, b in own.items()})
+        try:
+            return super().forward(x)  # type: ignore[misc]
+        finally:
+            self._buffers.update(own)
+
+
+def count_once(placement: nn.Module) -> None:
+    """Make every BatchNorm that belongs to ``placement`` count a batch once."""
+    for module in placement.modules():
+        if is_batchnorm(module):
+            swap(module, CountsOnce)
+
+
+def _functional_rates(model: nn.Module, *, silent: bool) -> None:
+    """Dropout that a model applies by itself, by the rate in its attribute ``drop_rate`` (timm's classifiers)."""
+    for module in model.modules():
+        held = module.__dict__
+        if silent and isinstance(held.get("drop_rate"), float) and "_own_drop_rate" not in held:
+            held["_own_drop_rate"], held["drop_rate"] = held["drop_rate"], 0.0
+        elif not silent and "_own_drop_rate" in held:
+            held["drop_rate"] = held.pop("_own_drop_rate")
 
 
 def batchnorm_placements(model: nn.Module, policy: str) -> list[BatchStats]:

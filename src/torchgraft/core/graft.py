@@ -12,8 +12,9 @@ for the active adapter, four lists of actions:
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -109,6 +110,49 @@ class HidesPoint:
 
     def __contains__(self, key: Any) -> bool:
         return key in self._shown() if isinstance(self, nn.ModuleDict) else any(m is key for m in self)  # type: ignore[attr-defined]
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The container as it would be without the point, for changes that count or renumber its members."""
+        point = self._modules.pop(RESERVED, None)
+        try:
+            yield
+        finally:
+            if point is not None:
+                self._modules[RESERVED] = point
+
+    def __setitem__(self, index: Any, module: nn.Module) -> None:
+        with self._alone():
+            super().__setitem__(index, module)  # type: ignore[misc]
+
+    def __delitem__(self, index: Any) -> None:
+        with self._alone():
+            super().__delitem__(index)  # type: ignore[misc]
+
+    def append(self, module: nn.Module) -> Any:
+        """Append a member."""
+        with self._alone():
+            return super().append(module)  # type: ignore[misc]
+
+    def insert(self, index: int, module: nn.Module) -> Any:
+        """Insert a member."""
+        with self._alone():
+            return super().insert(index, module)  # type: ignore[misc]
+
+    def extend(self, modules: Any) -> Any:
+        """Append several members."""
+        with self._alone():
+            return super().extend(modules)  # type: ignore[misc]
+
+    def pop(self, key: Any) -> Any:
+        """Remove a member and return it."""
+        with self._alone():
+            return super().pop(key)  # type: ignore[misc]
+
+    def clear(self) -> None:
+        """Remove every member."""
+        with self._alone():
+            super().clear()  # type: ignore[misc]
 
     def keys(self) -> Any:
         """Names without the graft point."""
@@ -233,7 +277,13 @@ def replace_first(args: Args, kwargs: Kwargs, value: Tensor) -> tuple[Args, Kwar
 
 def first_output(out: Any) -> Tensor:
     """The tensor a module returned: the output itself or its first element."""
-    return out if isinstance(out, Tensor) else out[0]
+    if isinstance(out, Tensor):
+        return out
+    values = out.values() if isinstance(out, Mapping) else out
+    for value in values:
+        if isinstance(value, Tensor):
+            return value
+    raise TypeError("the adapted module returned no tensor")
 
 
 def replace_output(out: Any, value: Tensor) -> Any:
@@ -253,7 +303,7 @@ def replace_output(out: Any, value: Tensor) -> Any:
 
 def recomputing() -> bool:
     """Whether this forward is the second one of gradient checkpointing, run inside the backward pass."""
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _remember_prefix(point: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -17,7 +17,9 @@ from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
+from ..errors import GraftError
 from ..swap import original_class
 
 CONVS: dict[tuple[int, bool], Any] = {
@@ -44,7 +46,7 @@ def is_batchnorm(module: nn.Module) -> bool:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether ``module`` is a normalisation layer with (or without) an affine part, from any library."""
-    if isinstance(module, (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
+    if isinstance(module, (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
         return True
     name = original_class(module).__name__.lower()
     leaf = any(p is not None for p in module._parameters.values())
@@ -61,7 +63,7 @@ def kind_of(module: nn.Module) -> str:
 
     One of ``linear``, ``conv{1,2,3}d`` with a prefix ``depthwise-``, ``grouped-``, ``dilated-``, ``std-``,
     ``same-`` where it applies, ``conv_transpose{1,2,3}d``, ``batchnorm``, ``layernorm``, ``groupnorm``,
-    ``norm``, ``attention``, ``embedding``, or the class name in lower case.
+    ``instancenorm``, ``attention``, ``embedding``, or the class name in lower case.
     """
     if isinstance(module, nn.Linear):
         return "linear"
@@ -84,6 +86,8 @@ def kind_of(module: nn.Module) -> str:
         return "batchnorm"
     if isinstance(module, nn.GroupNorm):
         return "groupnorm"
+    if isinstance(module, _InstanceNorm):
+        return "instancenorm"
     if is_norm(module):
         return "layernorm"
     if isinstance(module, nn.MultiheadAttention):
@@ -113,7 +117,7 @@ def out_channels(module: nn.Module) -> int | None:
 
 def channel_axis(module: nn.Module) -> int:
     """The axis of the output that holds the channels: 1 for convolutions and maps, -1 for tokens."""
-    if isinstance(module, (_ConvNd, _BatchNorm, nn.GroupNorm)):
+    if isinstance(module, (_ConvNd, _BatchNorm, _InstanceNorm, nn.GroupNorm)):
         return 1
     if is_norm(module):
         first = "2d" in original_class(module).__name__ or getattr(module, "data_format", "") == "channels_first"
@@ -181,14 +185,39 @@ class ConvGeometry:
         return cls(dims, sizes, (stride,) * dims, padding, (1,) * dims, **kw)
 
     def with_kernel(self, kernel: int) -> ConvGeometry:
-        """The same stride and padding rule with another kernel, so that the output size stays the same.
+        """The same stride and padding rule with another kernel, so that the output shape stays the same.
 
-        Dilation becomes 1; an even kernel keeps the size only where nothing is strided or with SAME padding.
+        Dilation becomes 1. The padding makes up for the difference in reach, for any input size.
+
+        Raises:
+            GraftError: No symmetric padding does so (an even kernel beside an odd one with a stride, a small
+                kernel beside a large one without padding).
         """
-        if self.same:
-            return dataclasses.replace(self, kernel=(kernel,) * self.dims, dilation=(1,) * self.dims)
-        fresh = ConvGeometry.keeping_size(self.dims, kernel, max(self.stride))
-        return dataclasses.replace(fresh, stride=self.stride, padding_mode=self.padding_mode)
+        reach = kernel - 1
+        fresh = dataclasses.replace(self, kernel=(kernel,) * self.dims, dilation=(1,) * self.dims)
+        if fresh == self or self.same or self.padding == "same":
+            return fresh
+        own = [d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True)]
+        given = (0,) * self.dims if isinstance(self.padding, str) else self.padding
+        if self.transposed:
+            # Output: (n - 1) stride + grown + 1. Padding is the least that leaves an output padding of 0 or more.
+            grown = [o - 2 * p + e for o, p, e in zip(own, given, self.output_padding, strict=True)]
+            padding = tuple(max(0, -((g - reach) // 2)) for g in grown)
+            rest = tuple(g - reach + 2 * p for g, p in zip(grown, padding, strict=True))
+            fits = all(r == 0 or r < s for r, s in zip(rest, self.stride, strict=True))
+            fresh = dataclasses.replace(fresh, padding=padding, output_padding=rest)
+        else:
+            lost = [o - 2 * p for o, p in zip(own, given, strict=True)]  # output: (n - 1 - lost) // stride + 1
+            if not any(lost) and reach % 2 and max(self.stride) == 1:
+                return dataclasses.replace(fresh, padding="same")
+            fits = all(reach >= n and (reach - n) % 2 == 0 for n in lost)
+            fresh = dataclasses.replace(fresh, padding=tuple((reach - n) // 2 for n in lost))
+        if not fits:
+            raise GraftError(
+                f"kernel={kernel} cannot give the output shape of a convolution with kernel {self.kernel}, stride "
+                f"{self.stride}, padding {self.padding} and dilation {self.dilation}; choose another kernel"
+            )
+        return fresh
 
     def build(self, in_channels: int, out_channels: int, *, groups: int = 1, bias: bool = True) -> _ConvNd:
         """A plain convolution with this geometry (never weight-standardised).
@@ -206,7 +235,7 @@ class ConvGeometry:
             "bias": bias,
         }
         if self.same:
-            return Conv2dSame(in_channels, out_channels, self.kernel, **common)
+            return Conv2dSame(in_channels, out_channels, self.kernel, **common)  # type: ignore[arg-type]
         common |= {"padding": self.padding, "padding_mode": self.padding_mode}
         if self.transposed:
             common["output_padding"] = self.output_padding

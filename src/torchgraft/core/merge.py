@@ -13,7 +13,7 @@ from .adapter import Adapter, activate, active, adapters, registry_of
 from .anatomy import Anatomy
 from .graft import existing_point, first_output
 from .placements import Placement
-from .probe import Example, guesses, in_eval_mode
+from .probe import Example, in_eval_mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ def merge(
         activate(model, adapter.name)
     anatomy = Anatomy(model)
     example = _probe(probe, anatomy)
-    folding = [p for _, p in adapter.placements if type(p).supports(anatomy.module(p.home)).merge and _folds(p)]
+    folding = [p for _, p in adapter.placements if p.supports_here(anatomy.module(p.home)).merge and _folds(p)]
     undo = _Undo(adapter.name, [], [])
     with torch.no_grad(), in_eval_mode(model):
         before, seen = _watch(model, anatomy, example, {p.home for p in folding})
@@ -125,7 +125,7 @@ def merge(
         )
     rows = []
     for _, placement in adapter.placements:
-        support = type(placement).supports(anatomy.module(placement.home))
+        support = placement.supports_here(anatomy.module(placement.home))
         done = placement in folding
         known = done and placement.home in seen and placement.home in again
         rows.append(
@@ -205,7 +205,11 @@ def _watch(
     seen: dict[str, Tensor] = {}
 
     def keep(path: str) -> Any:
-        return lambda module, args, out: seen.setdefault(path, first_output(out).detach().clone())
+        def look(module: nn.Module, args: Any, out: Any) -> None:
+            if path not in seen:
+                seen[path] = first_output(out).detach().clone()
+
+        return look
 
     handles = [anatomy.module(h).register_forward_hook(keep(h)) for h in homes if h]
     try:
@@ -224,12 +228,14 @@ def _probe(probe: Example | Tensor | None, anatomy: Anatomy) -> Example | None:
     if probe is not None or anatomy.trace is None:
         return probe
     generator = torch.Generator().manual_seed(0)
-    for args, kwargs in guesses(anatomy.model):
-        tensors = [*args, *kwargs.values()]
-        if tuple(tensors[0].shape) == anatomy.trace.input:
-            fresh = lambda t: torch.randn(t.shape, generator=generator).to(t) if t.is_floating_point() else t  # noqa: E731
-            return tuple(fresh(a) for a in args), {k: fresh(v) for k, v in kwargs.items()}
-    return None
+
+    def fresh(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return torch.randn(value.shape, generator=generator).to(value)
+
+    args, kwargs = anatomy.trace.example
+    return tuple(fresh(a) for a in args), {k: fresh(v) for k, v in kwargs.items()}
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

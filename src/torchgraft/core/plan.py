@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from .adapter import HEAD_SLOT, activate, attach, build
+from .adapter import HEAD_SLOT, adapters, attach, build, check, detach
 from .anatomy import Anatomy
-from .frozen import own_parameters
+from .frozen import own_parameters, reference_tensor
 from .method import Method
 from .method import method as resolve
+from .placements import BatchStats, Placement, Train
 from .probe import Example, guesses
 
 
@@ -52,8 +55,10 @@ class Plan:
         input: Shape of the input that the costs below refer to, batch included (1).
         flops: Multiply-adds times two of the plain forward for that input; None when unknown.
         flops_added: What the method adds to it.
-        saved_bytes: Bytes that autograd keeps for the backward of one input, plain path; None when unknown.
-        file_bytes: Size of the adapter's tensors in float32.
+        saved_bytes: Bytes that autograd keeps for the backward of one input on the CPU, in eval mode and by the
+            plain path; None when unknown. Other devices choose other kernels, which keep a little more or less.
+        file_bytes: Bytes of the tensors in the adapter's file: parameters, head and statistics, shared ones
+            once, in the types that they are saved in by default.
     """
 
     method: str
@@ -97,7 +102,7 @@ class Plan:
             )
         if self.saved_bytes is not None:
             rows.append(f"kept for the backward: {self.saved_bytes / 2**20:.1f} MiB per input (plain path)")
-        rows.append(f"adapter file: {self.file_bytes / 1e3:.0f} kB in float32")
+        rows.append(f"adapter file: {self.file_bytes / 1e3:.0f} kB")
         return "\n".join(rows)
 
 
@@ -112,9 +117,10 @@ def plan(
     batchnorm: str = "frozen",
     example: Example | None = None,
 ) -> Plan:
-    """What ``attach`` with the same arguments would add; the model is not changed.
+    """What ``attach`` with the same arguments would add to the plain backbone; the model is not changed.
 
-    Costs are counted on a copy without data (the meta device), so a plan of a large model takes no memory.
+    Whatever adapters the model has are left out and stay as they are, as do its modes and torch's random
+    numbers. Costs are counted on copies without data, so a plan of a large model takes no memory.
 
     Args:
         model: The backbone.
@@ -130,9 +136,15 @@ def plan(
         GraftError: Whatever ``attach`` would raise.
     """
     config = resolve(method)
-    anatomy = Anatomy(model, example=example, include=include, exclude=exclude, input_size=input_size)
-    with torch.device("meta"):
-        placed = build(anatomy, config, num_classes=num_classes, batchnorm=batchnorm)
+    plain = _without_adapters(model)
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(sorted(i for i in devices if i is not None)):
+        anatomy = Anatomy(plain, example=example, include=include, exclude=exclude, input_size=input_size)
+        with torch.device("meta"):
+            placed = build(anatomy, config, num_classes=num_classes, batchnorm=batchnorm)
+        check(anatomy, config, placed)
+        options = {"num_classes": num_classes, "include": include, "exclude": exclude, "batchnorm": batchnorm}
+        flops, flops_added, kept = _costs(anatomy, config, input_size, example, options)
     seen: set[int] = set()
     rows, head = [], 0
     for placement in placed:
@@ -144,41 +156,30 @@ def plan(
         elif count:
             layer = own_parameters(anatomy.module(placement.home))
             rows.append(PlannedSite(anatomy.address(placement.home), placement.home, placement.kind, count, layer))
-    total = sum(r.parameters for r in rows)
     classifier = anatomy.module(anatomy.head) if anatomy.head else nn.Identity()
-    backbone = own_parameters(model) - own_parameters(classifier)
-    costs = _costs(model, config, anatomy, num_classes, include, exclude, batchnorm, example)
     from .fingerprint import architecture
 
     return Plan(
         method=str(config),
-        architecture=architecture(model),
+        architecture=architecture(plain),
         sites=tuple(rows),
-        parameters=total,
+        parameters=sum(r.parameters for r in rows),
         head_parameters=head,
-        backbone_parameters=backbone,
+        backbone_parameters=own_parameters(plain) - own_parameters(classifier),
         input=anatomy.trace.input if anatomy.trace else None,
-        flops=costs[0],
-        flops_added=costs[1],
-        saved_bytes=costs[2],
-        file_bytes=4 * (total + head),
+        flops=flops,
+        flops_added=flops_added,
+        saved_bytes=kept,
+        file_bytes=_file_bytes(placed, reference_tensor(plain).dtype),
     )
-
-
-def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model whose parameters and buffers hold no data."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)
 
 
 def saved_bytes(model: nn.Module, example: Example) -> int:
     """Bytes that autograd keeps for the backward of one forward, the model's own tensors excluded.
 
-    Every storage counts once, however many operations keep it. Works on the meta device too.
+    Every storage counts once, however many operations keep it. Works on the meta device and on fake tensors
+    too. What is kept depends on the kernels that the device chooses: in inference mode the CPU's BatchNorm keeps
+    no statistics and its fused attention no scores, where the meta device's keep both.
     """
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
@@ -195,41 +196,64 @@ def saved_bytes(model: nn.Module, example: Example) -> int:
     return count
 
 
+def _without_adapters(model: nn.Module) -> nn.Module:
+    """The model itself, or, when it has adapters, a copy without them that reads the same memory."""
+    if not adapters(model):
+        return model
+    plain = _ghost(model, lambda tensor: tensor)
+    detach(plain)
+    return plain
+
+
 def _costs(
-    model: nn.Module,
-    config: Method,
-    anatomy: Anatomy,
-    num_classes: int | None,
-    include: Any,
-    exclude: Any,
-    batchnorm: str,
-    example: Example | None,
+    anatomy: Anatomy, config: Method, input_size: int | None, example: Example | None, options: dict[str, Any]
 ) -> tuple[int | None, int | None, int | None]:
+    """Operations, added operations and bytes kept; None where the model cannot run without data."""
     if anatomy.trace is None or anatomy.trace.input is None:
         return None, None, None
-    ghost = meta_copy(model).eval()
-    activate(ghost, None)
+    shape = anatomy.trace.input
     try:
+        ghost = _ghost(anatomy.model, _on_meta).eval()
         run = (
-            _on_meta(example)
+            _mapped(example, _on_meta)
             if example
-            else next(g for g in guesses(ghost, _side(anatomy.trace.input)) if _first(g).shape == anatomy.trace.input)
+            else next(g for g in guesses(ghost, input_size) if _first(g).shape == shape)
         )
-        plain = _flops(ghost, run)
-        attach(
-            ghost,
-            config,
-            name="plan-of-this-method",
-            num_classes=num_classes,
-            include=include,
-            exclude=exclude,
-            batchnorm=batchnorm,
-            example=run,
-        )
-        added = _flops(ghost, run) - plain
-        return plain, added, saved_bytes(ghost, run)
+        flops = _flops(ghost, run)
+        attach(ghost, config, example=run, lean=False, **options)
+        added = _flops(ghost, run) - flops
+        # Fake tensors say that they are on the CPU, so the kernels (and what they keep) are those of the CPU.
+        fakes = FakeTensorMode(allow_non_fake_inputs=True)
+
+        def on_cpu(tensor: Tensor) -> Tensor:
+            with fakes:
+                return _empty(tensor, "cpu")
+
+        ghost, run = _ghost(ghost, on_cpu), _mapped(run, on_cpu)
+        with fakes:
+            kept = saved_bytes(ghost, run)
+        return flops, added, kept
     except (RuntimeError, NotImplementedError, TypeError, StopIteration):
         return None, None, None
+
+
+def _ghost(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy whose parameters and buffers are what ``make`` makes of the model's."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(make(p.detach()), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, memo | {id(b): make(b) for b in model.buffers()})
+
+
+def _mapped(example: Example, make: Callable[[Tensor], Tensor]) -> Example:
+    args, kwargs = tree_map_only(Tensor, make, example)
+    return args, kwargs
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    return _empty(tensor, "meta")
+
+
+def _empty(tensor: Tensor, device: str) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
 
 def _flops(model: nn.Module, example: Example) -> int:
@@ -238,14 +262,16 @@ def _flops(model: nn.Module, example: Example) -> int:
     return counter.get_total_flops()
 
 
-def _side(shape: tuple[int, ...]) -> int | None:
-    return shape[-1] if len(shape) > 2 else None
-
-
 def _first(example: Example) -> Tensor:
     return next(iter([*example[0], *example[1].values()]))
 
 
-def _on_meta(example: Example) -> Example:
-    move = lambda v: v.to("meta") if isinstance(v, Tensor) else v  # noqa: E731
-    return tuple(move(a) for a in example[0]), {k: move(v) for k, v in example[1].items()}
+def _file_bytes(placed: list[Placement], dtype: torch.dtype) -> int:
+    """Bytes of everything that the placements own; new forms take the backbone's type when they are attached."""
+    sizes: dict[int, int] = {}
+    for placement in placed:
+        copies = isinstance(placement, (Train, BatchStats))
+        for tensor in placement.owned().values():
+            kept = copies or not tensor.is_floating_point()
+            sizes[id(tensor)] = tensor.numel() * (tensor.dtype if kept else dtype).itemsize
+    return sum(sizes.values())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import GraftError, nearest
+from ..swap import original_class, swap, unswap
 from .adapter import activate, active, adapters
 from .graft import Args, GraftPoint, Kwargs, existing_point, first_output, first_tensor, replace_output
 
@@ -38,22 +39,48 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         if name is not None and name not in known:
             raise GraftError(f"route: the model has no adapter {name!r}; {nearest(str(name), known)}")
     before = active(model)
-    router = Router(list(names))
+    whole = not all(known[n].splits for n in names if n is not None)
     points = [p for p in map(existing_point, model.modules()) if p is not None]
+    router = Router(list(names), points, whole)
     try:
         for point in points:
             point.router = router
+        model.__dict__["_torchgraft_router"] = router
+        swap(model, RoutesWhole)
         yield
     finally:
+        unswap(model, RoutesWhole)
+        del model.__dict__["_torchgraft_router"]
         for point in points:
             point.router = None
         activate(model, before)
 
 
+class RoutesWhole:
+    """In front of a routed model: where a module inside cannot be split by rows, the whole model is."""
+
+    swap_rank = -1
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model, split inside; failing that, once per adapter."""
+        router: Router = self.__dict__["_torchgraft_router"]
+        if not router.whole:
+            try:
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
+            except _CannotSplitError:
+                router.whole = True
+        return router.run_whole(super().forward, args, kwargs)  # type: ignore[misc]
+
+
+class _CannotSplitError(GraftError):
+    """Rows of what a module got cannot be told apart by adapter."""
+
+
 class Router:
     """Splits what arrives at a module by adapter, and puts the results together again."""
 
-    def __init__(self, names: list[str | None]) -> None:
+    def __init__(self, names: list[str | None], points: list[GraftPoint], whole: bool) -> None:
+        self.points, self.whole = points, whole
         self._split(names)
 
     def _split(self, names: list[str | None]) -> None:
@@ -81,11 +108,14 @@ class Router:
             return forward(*args, **kwargs)
         if len(self.groups) == 1:
             return self._one(point, next(iter(self.groups)), forward, args, kwargs)
-        size = first_tensor(args, kwargs).shape[0]
+        try:
+            size = first_tensor(args, kwargs).shape[0]
+        except TypeError as error:
+            raise _CannotSplitError(f"route: {original_class(module).__name__} is called without a tensor") from error
         if size % len(self.names):
-            raise GraftError(
+            raise _CannotSplitError(
                 f"route: a module got {size} rows, which {len(self.names)} names do not divide; "
-                "give one name per row of the batch"
+                "give one name per row of the batch, and call the model itself"
             )
         rows = {name: self._rows(indices, size) for name, indices in self.groups.items()}
         if all(self._adds_only(point, name) for name in self.groups):
@@ -94,6 +124,20 @@ class Router:
         for name, index in rows.items():
             with self._only(name):
                 parts.append(self._one(point, name, forward, *_take(args, kwargs, index, size)))
+        return self._join(parts, size)
+
+    def run_whole(self, forward: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+        """The whole model once per adapter, for models whose inner modules cannot be split."""
+        size = first_tensor(args, kwargs).shape[0]
+        if size != len(self.names):
+            raise GraftError(f"route: the batch has {size} rows and {len(self.names)} names; give one name per row")
+        parts = []
+        for name, index in {n: self._rows(i, size) for n, i in self.groups.items()}.items():
+            with self._only(name):
+                for point in self.points:
+                    point.select(name)
+                own_args, own_kwargs = _take(args, kwargs, index, size)
+                parts.append(forward(*own_args, **own_kwargs))
         return self._join(parts, size)
 
     def _shared(
@@ -129,6 +173,8 @@ class Router:
 
     def _join(self, parts: list[Any], size: int) -> Any:
         """Rows back in their order: a tensor, a tuple of them, or a list when their shapes differ."""
+        if isinstance(parts[0], Mapping):
+            return type(parts[0])({k: self._join([p[k] for p in parts], size) for k in parts[0]})
         if isinstance(parts[0], (tuple, list)):
             return type(parts[0])(self._join([p[i] for p in parts], size) for i in range(len(parts[0])))
         if not isinstance(parts[0], Tensor):

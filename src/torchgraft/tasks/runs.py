@@ -191,6 +191,25 @@ def describe_environment(seed: int, parts: dict[str, list[str]]) -> dict[str, An
     }
 
 
+def check_same_data(recorded: Path, environment: dict[str, Any]) -> None:
+    """Raise a `GraftError` if the images are not those that the run was started with.
+
+    Args:
+        recorded: The run's ``environment.json``.
+        environment: What `describe_environment` says now.
+    """
+    try:
+        before = json.loads(recorded.read_text(encoding="utf-8"))["data"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GraftError(f"resume: {recorded} is damaged; start another run") from error
+    for part, now in environment["data"].items():
+        if before.get(part) != now:
+            raise GraftError(
+                f"resume: the {part} images are not those that the run was started with ({now['images']} images"
+                f" now); restore them or start another run"
+            )
+
+
 _PACKAGES = ("torchgraft", "torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "pillow")
 
 

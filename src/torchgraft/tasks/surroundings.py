@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import signal
 import threading
@@ -81,6 +82,11 @@ def orderly_errors() -> Iterator[None]:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        reason = f"cannot write {error.filename or 'the run folder'}: {error.strerror}"
+        raise GraftError(f"{reason}; the last checkpoint is unharmed, resume when there is room") from error
     except torch.OutOfMemoryError as error:
         raise GraftError("out of memory: lower batch_size (and raise accumulate) or image_size") from error
     finally:

@@ -39,7 +39,7 @@ from .inference import Classifier, mistakes, predict_logits
 from .metrics import Report, report
 from .progress import ProgressDisplay
 from .results import RunResult, read_result
-from .runs import RunFolder, describe_environment, run_folder, write_json
+from .runs import RunFolder, check_same_data, describe_environment, run_folder, write_json
 from .surroundings import EventFiles, deterministic, orderly_errors, quiet_lightning
 
 
@@ -74,7 +74,7 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
         job = _prepare(config)
         if leader:
             folder.create(config, resume=resume)
-            _describe(folder, job)
+            _describe(folder, job, resume=resume)
         run = _fit(job, folder, device, resume=resume, progress=progress)
         return _finish(job, folder, device, run)
 
@@ -139,10 +139,14 @@ def _prepare(config: TrainConfig) -> _Job:
     return _Job(config, data, transforms, model, adapter, backbone_params)
 
 
-def _describe(folder: RunFolder, job: _Job) -> None:
+def _describe(folder: RunFolder, job: _Job, *, resume: bool) -> None:
     parts = {"train": job.data.train, "val": job.data.val, "test": job.data.test}
     ids = {name: part.ids for name, part in parts.items() if part is not None}
-    write_json(folder.environment, describe_environment(job.config.seed, ids))
+    environment = describe_environment(job.config.seed, ids)
+    if resume and folder.environment.is_file():
+        check_same_data(folder.environment, environment)
+        return
+    write_json(folder.environment, environment)
     if job.config.shots is not None:
         write_json(folder.train_ids, job.data.train.ids)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -154,7 +155,7 @@ def test_gradient_checkpointing_counts_a_batch_once_and_keeps_the_gradients(
         cotangent = torch.randn(2, 4, 4, 4, generator=generator)
         plain(x.clone().requires_grad_()).backward(cotangent)
         h = x.clone().requires_grad_()
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             h = checkpoint(model[start:stop], h, use_reentrant=reentrant)
         h.backward(cotangent)
         for a, b in zip(adapter.parameters(), plain_adapter.parameters(), strict=True):

@@ -210,9 +210,9 @@ class _SelfAttention(nn.MultiheadAttention):
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_attentions_are_served_right_or_refused(kind: str) -> None:
     name, make, shape = OTHERS[kind]
-    cls = None if name == "torch" else getattr(importlib.import_module(f"timm.models.{name.split('.')[0]}"), name.split(".")[1])
+    file, _, cls = name.partition(".")
     torch.manual_seed(0)
-    module = make(cls)
+    module = make(getattr(importlib.import_module(f"timm.models.{file}"), cls) if cls else nn.Module)
     module.eval()
     with torch.no_grad():
         for parameter in module.parameters():

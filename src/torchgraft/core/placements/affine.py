@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from ...errors import GraftError
 from ...swap import original_class
 from ..graft import Args, Kwargs, first_output, replace_output
-from ..layers import channel_axis, is_batchnorm, is_conv, is_norm, is_standardised, out_channels
+from ..layers import channel_axis, is_conv, is_norm, is_standardised, out_channels
 from .base import Hook, Placement, Support
 
 
@@ -75,25 +77,46 @@ class Affine(Placement):
     @classmethod
     def supports(cls, module: nn.Module) -> Support:
         """Any module whose output has a channel axis; folds where the layer has a weight per channel."""
+        name = original_class(module).__name__
         if is_standardised(module):
             return Support(True, False, "the layer standardises its weight, which undoes a scale")
         if is_norm(module) and hasattr(module, "act") and not isinstance(module.act, nn.Identity):
             return Support(True, False, "the activation inside the layer stands between its weight and its output")
-        if is_conv(module) or isinstance(module, nn.Linear) or is_norm(module) or is_batchnorm(module):
-            return Support(True, True)
-        return Support(True, False, f"{original_class(module).__name__} has no weight per output channel")
+        if not _has_known_axis(module):
+            return Support(True, False, f"{name} has no weight per output channel")
+        if module._parameters.get("weight") is None:
+            return Support(True, False, f"{name} holds no weight that could take the scale")
+        if "bias" not in module._parameters:
+            return Support(True, False, f"{name} has no place for a bias that could take the shift")
+        return Support(True, True)
 
 
 def affine_for(module: nn.Module, path: str, *, scale: bool = True, shift: bool = True) -> Affine:
-    """An identity :class:`Affine` of the right width and axis for ``module``."""
-    import torch
+    """An identity :class:`Affine` of the right width and axis for ``module``, a single layer.
 
+    Raises:
+        GraftError: The layer has no fixed number of channels, or it is not known on which axis they are.
+    """
     width = out_channels(module)
-    if width is None:
-        raise ValueError(f"affine: {path} ({original_class(module).__name__}) has no fixed number of output channels")
+    over_several = is_norm(module) and any(w is not None and w.dim() > 1 for w in module._parameters.values())
+    if width is None or over_several:
+        raise GraftError(
+            f"affine: {path!r} ({original_class(module).__name__}) has no fixed number of output channels; "
+            "name a linear layer, a convolution or a norm over one axis"
+        )
+    if not _has_known_axis(module):
+        raise GraftError(
+            f"affine: {path!r} ({original_class(module).__name__}) is no single layer of a known kind, so the axis of "
+            "its channels is not known; name a layer inside it, or give Affine(..., axis=)"
+        )
     return Affine(
         path,
         nn.Parameter(torch.ones(width)) if scale else None,
         nn.Parameter(torch.zeros(width)) if shift else None,
         axis=channel_axis(module),
     )
+
+
+def _has_known_axis(module: nn.Module) -> bool:
+    """Whether ``module`` is one layer whose weight and output have their channels on a known axis."""
+    return is_conv(module) or is_norm(module) or isinstance(module, nn.Linear)

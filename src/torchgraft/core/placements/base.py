@@ -78,5 +78,9 @@ class Placement(nn.Module):
 
     @classmethod
     def supports(cls, module: nn.Module) -> Support:
-        """What this placement can do at ``module``."""
+        """What a placement of this kind can do at ``module``, as far as its layer kind tells."""
         return Support(True, False, f"{cls.kind} has no form that folds into {original_class(module).__name__}")
+
+    def supports_here(self, module: nn.Module) -> Support:
+        """What this one placement, with its options, can do at its home ``module``."""
+        return type(self).supports(module)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ...errors import GraftError
@@ -113,8 +114,16 @@ class Parallel(Placement):
         ]
 
     def branch(self, x: Tensor) -> Tensor:
-        """What is added, for a source tensor ``x``."""
-        return self.out_layout.from_map(self.form(self.layout.to_map(x)))
+        """What is added, for a source tensor ``x``.
+
+        Tokens that are no patches (class, registers) go through the form as images of one pixel.
+        """
+        y = self.out_layout.from_map(self.form(self.layout.to_map(x)))
+        prefix = self.layout.prefix if self.layout.name == "NLC" and self.layout == self.out_layout else 0
+        if not prefix:
+            return y
+        pixels = self.form(x[:, :prefix].reshape(-1, x.shape[-1], 1, 1)).reshape(x.shape[0], prefix, -1)
+        return torch.cat([pixels, y[:, prefix:]], dim=1)
 
     def before(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Add to the target's input."""

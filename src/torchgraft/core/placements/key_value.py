@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Attention
 from torch import Tensor, nn
 
+from ...errors import GraftError
 from ...swap import original_class
-from ..graft import Args, Kwargs, first_output, first_tensor, replace_output
+from ..graft import Args, Kwargs, first_output, replace_output
 from .base import Hook, Placement, Support
 
 
@@ -18,9 +20,9 @@ class KeyValue(Placement):
     """``softmax(q [P_k; K]^T) [P_v; V]``: every query also attends to l learned keys and values.
 
     Two kinds of attention are served. Modules with separate key and value layers gain the extra rows at
-    those layers' outputs and run their own core. Modules with a fused ``qkv`` layer in the manner of timm
-    (``qkv``, ``proj``, ``num_heads``, ``scale``, optional ``q_norm``, ``k_norm``, ``norm``, ``gate``,
-    ``attn_drop``, ``proj_drop``) run the core that is written here.
+    those layers' outputs and run their own core. timm's ``Attention`` (that of its vision transformers), whose
+    ``qkv`` is one layer, runs the core that is written here. Other attentions with a fused ``qkv`` add position
+    biases, rotate or shuffle, which that core would leave out; they are refused.
 
     Args:
         form: Module whose forward takes nothing and returns (keys, values), each (l, d) with d the width
@@ -28,6 +30,9 @@ class KeyValue(Placement):
         home: Path of the attention module.
         key: Path of the separate key layer, or None for a fused one.
         value: Path of the separate value layer, or None for a fused one.
+
+    Raises:
+        GraftError: Only one of ``key`` and ``value`` is given.
     """
 
     kind: ClassVar[str] = "key_value"
@@ -42,6 +47,8 @@ class KeyValue(Placement):
         slot: str | None = None,
     ) -> None:
         super().__init__(home, slot)
+        if (key is None) != (value is None):
+            raise GraftError(f"key_value at {home!r}: key={key!r}, value={value!r}; expected both layers or neither")
         self.form, self.key, self.value = form, key, value
 
     def hooks(self) -> list[Hook]:
@@ -53,18 +60,21 @@ class KeyValue(Placement):
     def around(self, forward: Callable[..., Any], args: Args, kwargs: Kwargs) -> Tensor:
         """The attention core over the longer key and value sequences."""
         module: Any = forward.__self__  # type: ignore[attr-defined]
-        x = first_tensor(args, kwargs)
-        mask = kwargs.get("attn_mask", args[1] if len(args) > 1 else None)
+        given = dict(zip(("x", "attn_mask", "is_causal"), args, strict=False)) | kwargs
+        x, mask = given["x"], given.get("attn_mask")
         b, n, _ = x.shape
+        if given.get("is_causal", False):
+            mask = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
         qkv = module.qkv(x).reshape(b, n, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         q, k = _optional(module, "q_norm")(q), _optional(module, "k_norm")(k)
         extra_k, extra_v = (
-            t.to(x.dtype).view(-1, module.num_heads, q.shape[-1]).transpose(0, 1).expand(b, -1, -1, -1)
-            for t in self.form()
+            t.to(own.dtype).view(-1, module.num_heads, q.shape[-1]).transpose(0, 1).expand(b, -1, -1, -1)
+            for t, own in zip(self.form(), (k, v), strict=True)
         )
         k, v = torch.cat([extra_k, k], dim=2), torch.cat([extra_v, v], dim=2)
         if isinstance(mask, Tensor):
+            mask = mask.expand(*mask.shape[:-1], n)
             mask = F.pad(mask, (extra_k.shape[2], 0), value=True if mask.dtype == torch.bool else 0.0)
         drop = _optional(module, "attn_drop")
         rate = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
@@ -76,12 +86,22 @@ class KeyValue(Placement):
 
     @classmethod
     def supports(cls, module: nn.Module) -> Support:
-        """Attention modules with a fused ``qkv`` and what goes with it."""
-        if all(hasattr(module, name) for name in ("qkv", "proj", "num_heads", "scale")):
+        """The plain ``Attention`` of timm; other fused ones would lose what they add to it."""
+        found = original_class(module)
+        if found is Attention:
             return Support(True, False, "extra keys and values are no change of a weight")
-        return Support(
-            False, False, f"{original_class(module).__name__} has no fused qkv; name its key and value layers"
-        )
+        if getattr(module, "qkv", None) is not None:
+            reason = f"{found.__name__} is not timm's plain Attention and may add biases, positions or windows"
+            return Support(False, False, f"{reason}, which would be left out")
+        return Support(False, False, f"{found.__name__} has no fused qkv; name its key and value layers")
+
+    def supports_here(self, module: nn.Module) -> Support:
+        """As :meth:`supports`; with named key and value layers every attention that is not causal."""
+        if self.key is None:
+            return type(self).supports(module)
+        if getattr(module, "is_causal", False) is True:
+            return Support(False, False, f"{original_class(module).__name__} is causal and would shift its mask")
+        return Support(True, False, "extra keys and values are no change of a weight")
 
 
 class _Rows:

@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..graft import Args, Kwargs, first_output, first_tensor, replace_first, replace_output
+from ...swap import original_class
+from ..graft import RESERVED, Args, Kwargs, first_output, first_tensor, replace_first, replace_output
+from ..layers import channel_axis, is_conv, is_norm
 from .base import Hook, Placement, Support
 
 
@@ -52,5 +54,28 @@ class Tokens(Placement):
 
     @classmethod
     def supports(cls, module: nn.Module) -> Support:
-        """Blocks over token sequences."""
+        """Blocks over token sequences; not layers that treat every token alone."""
+        name = original_class(module).__name__
+        if isinstance(module, nn.MultiheadAttention):
+            return Support(False, False, f"{name} would get the prompts as queries only; prompt the block around it")
+        if _is_single_layer(module):
+            return Support(
+                False, False, f"{name} is a single layer, where prompts would change no other token; prompt a block"
+            )
         return Support(True, False, "extra tokens are no change of a weight")
+
+    def supports_here(self, module: nn.Module) -> Support:
+        """Blocks; where the prompts stay for further modules, also layers over (B, N, d)."""
+        passes_on = self.first != self.last and not isinstance(module, nn.MultiheadAttention)
+        if passes_on and not is_conv(module) and not (is_norm(module) and channel_axis(module) == 1):
+            return Support(True, False, "extra tokens are no change of a weight")
+        return type(self).supports(module)
+
+
+def _is_single_layer(module: nn.Module) -> bool:
+    """Whether ``module`` is one layer that mixes no tokens: torch's own leaves (but for recurrent ones) and kin."""
+    if is_conv(module) or is_norm(module) or isinstance(module, (nn.Linear, nn.Embedding)):
+        return True
+    leaf = all(name == RESERVED for name, _ in module.named_children())
+    own = original_class(module).__module__.startswith("torch.nn.modules.")
+    return leaf and own and not isinstance(module, nn.RNNBase)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ...errors import GraftError
+from ...swap import original_class
 from ..graft import Args, Kwargs, first_tensor, recomputing
 from .base import Hook, Placement, Support
 
@@ -66,18 +68,30 @@ class Train(Placement):
             return Support(False, False, "recurrent layers keep a flat copy of their weights")
         return Support(True, True)
 
+    def supports_here(self, module: nn.Module) -> Support:
+        """As :meth:`supports`, and the module must hold the parameters itself."""
+        computed = next((n for n in self.names if module._parameters.get(n) is None), None)
+        if computed is not None:
+            name = original_class(module).__name__
+            return Support(False, False, f"{name} holds no parameter {computed!r}; train those it is computed from")
+        return type(self).supports(module)
+
 
 class BatchStats(Placement):
     """The adapter's own running statistics of one BatchNorm.
 
     ``mode="train"`` is the behaviour of official training loops: batch statistics normalise while training
     and the running ones follow. ``mode="adapt"`` normalises with the running statistics, in training too,
-    and lets them follow the task's batches first; no gradient flows through them.
+    and lets them follow the task's batches first; no gradient flows through them. Under gradient
+    checkpointing a batch counts once, in the first of its two forwards.
 
     Args:
         home: Path of the BatchNorm.
         module: The BatchNorm; its statistics are copied.
         mode: ``"train"`` or ``"adapt"``.
+
+    Raises:
+        GraftError: ``module`` is no BatchNorm with running statistics.
     """
 
     kind: ClassVar[str] = "stats"
@@ -85,53 +99,64 @@ class BatchStats(Placement):
 
     def __init__(self, home: str, module: nn.Module, mode: str) -> None:
         super().__init__(home)
-        assert isinstance(module, _BatchNorm)
+        support = self.supports(module)
+        if not support.forward:
+            raise GraftError(f"stats at {home!r}: {support.reason}; expected a BatchNorm with running statistics")
         self.mode = mode
-        self.momentum = module.momentum
-        self.names = tuple(n for n in ("running_mean", "running_var", "num_batches_tracked") if n in module._buffers)
+        self.momentum: float | None = module.momentum  # type: ignore[assignment]
+        held = {n: module._buffers.get(n) for n in ("running_mean", "running_var", "num_batches_tracked")}
+        self.names = tuple(n for n, value in held.items() if value is not None)
         for name in self.names:
-            value = module._buffers[name]
-            assert value is not None
+            value: Tensor = held[name]  # type: ignore[assignment]
             self.register_buffer(name, torch.empty_like(value, device="meta") if _planning() else value.clone())
-        self._kept: list[Tensor] = []
 
     def hooks(self) -> list[Hook]:
-        """A view per statistic, and the update."""
-        views = [Hook(self.home, f"view:{name}", self) for name in self.names]
-        return [Hook(self.home, "before", self), *views, Hook(self.home, "after", self)]
+        """The update, and a view per statistic."""
+        return [Hook(self.home, "before", self), *(Hook(self.home, f"view:{name}", self) for name in self.names)]
 
     def views(self) -> tuple[str, ...]:
         """The running statistics."""
         return self.names
 
     def view(self, name: str, value: Tensor) -> Tensor:
-        """The adapter's copy."""
-        return self._buffers[name]  # type: ignore[return-value]
+        """The adapter's copy, or a copy of that where writing to it, or a later update of it, would do harm."""
+        own: Tensor = self._buffers[name]  # type: ignore[assignment]
+        # adapt: autograd keeps what normalised this batch, and the next forward changes the statistics in place.
+        # train: BatchNorm updates what it reads, but a batch that is only recomputed was counted before.
+        return own.clone() if self.training and (self.mode == "adapt" or recomputing()) else own
 
     def before(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        """Follow the batch (``adapt``); remember the statistics when a forward is run a second time."""
+        """Follow the batch (``adapt``), unless this forward is the second one of a checkpointed piece."""
         if self.training and self.mode == "adapt" and not recomputing():
             self._follow(first_tensor(args, kwargs).detach())
-        if self.training and self.mode == "train" and recomputing():
-            self._kept = [self._buffers[n].clone() for n in self.names]  # type: ignore[union-attr]
         return args, kwargs
 
-    def after(self, args: Args, kwargs: Kwargs, out: Tensor) -> Tensor:
-        """Undo the update that a recomputed forward made: one batch counts once."""
-        if self._kept:
-            for name, value in zip(self.names, self._kept, strict=True):
-                self._buffers[name].copy_(value)  # type: ignore[union-attr]
-            self._kept = []
-        return out
+    @classmethod
+    def supports(cls, module: nn.Module) -> Support:
+        """BatchNorms that keep running statistics."""
+        name = original_class(module).__name__
+        if not isinstance(module, _BatchNorm):
+            return Support(False, False, f"{name} is no BatchNorm")
+        if module._buffers.get("running_mean") is None or module._buffers.get("running_var") is None:
+            return Support(False, False, f"this {name} keeps no running statistics")
+        return Support(True, False, "the backbone keeps its own statistics for other adapters")
 
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
+        if x.numel() == 0:
+            return
+        mean: Tensor = self._buffers["running_mean"]  # type: ignore[assignment]
+        var: Tensor = self._buffers["running_var"]  # type: ignore[assignment]
+        tracked = self._buffers.get("num_batches_tracked")
+        if tracked is not None:
+            tracked.add_(1)
+        rate = self.momentum
+        if rate is None:
+            rate = 0.0 if tracked is None else 1.0 / float(tracked)
         dims = [d for d in range(x.dim()) if d != 1]
-        var, mean = torch.var_mean(x.float(), dim=dims, unbiased=True)
-        self.num_batches_tracked.add_(1)  # type: ignore[operator, union-attr]
-        rate = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum  # type: ignore[arg-type]
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)  # type: ignore[operator, union-attr, arg-type]
-        self.running_var.lerp_(var.to(self.running_var.dtype), rate)  # type: ignore[operator, union-attr, arg-type]
+        mean.lerp_(x.float().mean(dims).to(mean.dtype), rate)
+        if x.numel() > x.shape[1]:  # one value per channel has no variance
+            var.lerp_(x.float().var(dims).to(var.dtype), rate)
 
 
 def _planning() -> bool:

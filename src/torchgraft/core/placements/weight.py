@@ -6,7 +6,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from ...errors import GraftError
 from ...swap import original_class
 from ..graft import Args, Kwargs, first_output, first_tensor, replace_output
 from ..layers import ConvGeometry, is_conv, is_standardised
@@ -27,7 +29,11 @@ class WeightDelta(Placement):
         form: Module whose forward takes nothing and returns the delta, of the weight's shape (or of the
             shape of ``weight[rows]``).
         parameter: Name of the weight.
-        rows: Slice of the first axis that the delta covers, such as q and v of a fused qkv.
+        rows: Slice of the first axis that the delta covers, such as q and v of a fused qkv; without a step.
+        standardised: Act beside the layer; :meth:`on` sets this and what it needs.
+
+    Raises:
+        GraftError: ``rows`` has a step.
     """
 
     kind: ClassVar[str] = "delta"
@@ -44,9 +50,11 @@ class WeightDelta(Placement):
         slot: str | None = None,
     ) -> None:
         super().__init__(home, slot)
+        if rows is not None and rows.step not in (None, 1):
+            raise GraftError(f"delta at {home!r}: rows={rows} has a step; expected slice(start, stop)")
         self.form, self.parameter, self.rows = form, parameter, rows
         self.geometry: ConvGeometry | None = None
-        self.groups = 1
+        self.groups, self.out_channels = 1, 0
         self.standardised = standardised
 
     @classmethod
@@ -56,6 +64,7 @@ class WeightDelta(Placement):
         if placement.standardised:
             placement.geometry = ConvGeometry.of(module)
             placement.groups = int(module.groups)  # type: ignore[arg-type]
+            placement.out_channels = int(module.out_channels)  # type: ignore[arg-type]
         return placement
 
     def hooks(self) -> list[Hook]:
@@ -78,6 +87,12 @@ class WeightDelta(Placement):
         """Add the delta's own convolution to the output of a weight-standardised layer."""
         assert self.geometry is not None
         delta = self.form()
+        if self.rows is not None:
+            start, stop, _ = self.rows.indices(self.out_channels)
+            shape = delta.shape[1:]
+            delta = torch.cat(
+                [delta.new_zeros(start, *shape), delta, delta.new_zeros(self.out_channels - stop, *shape)]
+            )
         y = self.geometry.apply(first_tensor(args, kwargs), delta, self.groups)
         return replace_output(out, first_output(out) + y)
 
@@ -89,8 +104,26 @@ class WeightDelta(Placement):
     @classmethod
     def supports(cls, module: nn.Module) -> Support:
         """Every layer with a weight; merging a delta on a standardised weight changes the layer's class."""
+        name = original_class(module).__name__
+        matrix = is_conv(module) or isinstance(module, (nn.Linear, nn.Embedding))
+        if matrix and module._parameters.get("weight") is None:
+            return Support(False, False, _computed("weight", module))
         if is_standardised(module):
             return Support(True, False, "the layer standardises its weight: the sum is no such weight")
-        if is_conv(module) or isinstance(module, (nn.Linear, nn.Embedding, nn.MultiheadAttention)):
+        if matrix or isinstance(module, nn.MultiheadAttention):
             return Support(True, True)
-        return Support(False, False, f"{original_class(module).__name__} has no weight matrix or kernel")
+        return Support(False, False, f"{name} has no weight matrix or kernel")
+
+    def supports_here(self, module: nn.Module) -> Support:
+        """As :meth:`supports`, and the module must hold the named parameter itself."""
+        support = type(self).supports(module)
+        if support.forward and module._parameters.get(self.parameter) is None:
+            return Support(False, False, _computed(self.parameter, module))
+        return support
+
+
+def _computed(parameter: str, module: nn.Module) -> str:
+    name = original_class(module).__name__
+    if parametrize.is_parametrized(module, parameter):
+        return f"the {parameter} of {name} is computed by a parametrisation; make it plain with remove_parametrizations"
+    return f"{name} holds no parameter {parameter!r} (it has none, or computes it in every forward)"

@@ -28,7 +28,7 @@ def copies(anatomy: Anatomy, choose: Choice) -> list[Train]:
         chosen = {
             name: p
             for name, p in module._parameters.items()
-            if p is not None and p.is_floating_point() and choose(path, module, name)
+            if p is not None and p.is_floating_point() and choose(path, module, name) and _is_read(anatomy, p)
         }
         if chosen:
             train = Train(path, dict(chosen))
@@ -37,6 +37,11 @@ def copies(anatomy: Anatomy, choose: Choice) -> list[Train]:
                 train.register_parameter(f"own_{name}", copy)
             placed.append(train)
     return placed
+
+
+def _is_read(anatomy: Anatomy, parameter: nn.Parameter) -> bool:
+    """Whether the forward uses the parameter at all; training would never change one that it does not."""
+    return anatomy.trace is None or anatomy.trace.reads(parameter)
 
 
 def _is_idle(anatomy: Anatomy, path: str) -> bool:
