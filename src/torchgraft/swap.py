@@ -115,5 +115,5 @@ def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
 
 
 def _rebuild(base: type, layers: tuple[type, ...], views: tuple[str, ...]) -> nn.Module:
-    cls = _class_for(base, layers, views)
+    cls: Any = _class_for(base, layers, views)
     return cls.__new__(cls)

@@ -382,3 +382,28 @@ def test_the_fast_path_of_an_encoder_layer_does_not_bypass_adapters(path: str, p
     assert_every_tensor_learns(adapter, x)
     tg.detach(model)
     remembered.assert_same()
+
+
+def test_an_encoder_that_packs_padded_sequences_is_adapted_right_or_refused() -> None:
+    """By default ``nn.TransformerEncoder`` hands nested tensors, which have no shape, to its layers."""
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.encoder(x, src_key_padding_mask=torch.tensor([[False] * 5, [False] * 3 + [True] * 2]))
+
+    torch.manual_seed(0)
+    model, x, path = Root().eval(), torch.randn(2, 5, 4), "encoder.layers.1.linear2"
+    remembered, form = Remembered(model, x), Given((4, 8))
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        reference.get_submodule(path).weight += form.value
+    try:
+        attach(model, lambda _: WeightDelta(path, form), x)
+    except tg.GraftError:
+        remembered.assert_same()
+        return
+    assert_close(run(model, x), run(reference, x))

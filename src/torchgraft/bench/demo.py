@@ -62,7 +62,7 @@ DEMOS = {
 
 METHODS: dict[str, tuple[str, ...]] = {"linear": (), "conv-adapter": (), "full": ("--lr", "0.0003")}
 """Method -> options beside its recipe. At the recipe's rate of 1e-3 full fine-tuning collapses to guessing on
-the orientation task (seed 0); at 3e-4 it learns all three."""
+the orientation task (seed 0); at 3e-4 it learns."""
 
 LABELS = {"linear": "linear probe", "conv-adapter": "Conv-Adapter", "full": "full fine-tuning"}
 

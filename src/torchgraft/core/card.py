@@ -35,8 +35,10 @@ def model_card(adapter: Adapter, config: dict[str, Any], task: dict[str, Any] | 
     lines += [
         "",
         "```python",
-        "import timm, torchgraft as tg",
-        f"model = timm.create_model({backbone['architecture']!r}, pretrained=True)",
+        "import torchgraft as tg",
+        "from torchgraft.backbones import create_backbone",
+        "",
+        f"model = create_backbone({backbone['architecture']!r})    # or any way you have to build it with its weights",
         'adapter = tg.load(model, "THIS_FOLDER")   # refuses a backbone with other weights',
         "```",
         "",

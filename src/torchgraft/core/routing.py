@@ -174,7 +174,8 @@ class Router:
     def _join(self, parts: list[Any], size: int) -> Any:
         """Rows back in their order: a tensor, a tuple of them, or a list when their shapes differ."""
         if isinstance(parts[0], Mapping):
-            return type(parts[0])({k: self._join([p[k] for p in parts], size) for k in parts[0]})
+            kind: Any = type(parts[0])
+            return kind({k: self._join([p[k] for p in parts], size) for k in parts[0]})
         if isinstance(parts[0], (tuple, list)):
             return type(parts[0])(self._join([p[i] for p in parts], size) for i in range(len(parts[0])))
         if not isinstance(parts[0], Tensor):
