@@ -290,7 +290,13 @@ class Anatomy:
         if whole is None or whole.output is None or len(whole.output) != 2:
             return None, []
         called = [p for p in self._called() if is_conv(self.modules[p]) or isinstance(self.modules[p], nn.Linear)]
-        found = [p for p in called[-1:] if self.shapes(p)[1] == whole.output]
+        # A convolution may still be pooled (SqueezeNet).
+        found = [
+            p
+            for p in called[-1:]
+            if (shape := self.shapes(p)[1]) is not None
+            and (shape == whole.output or (is_conv(self.modules[p]) and shape[:2] == whole.output))
+        ]
         return (found[0] if found else None), found
 
     def _classifier_layers(self, path: str) -> list[str]:

@@ -10,7 +10,6 @@ from torch import nn
 
 from ..errors import GraftError
 from ..swap import original_class
-from .blocks import inner_modules
 from .layers import channel_axis, in_channels, is_batchnorm, is_conv, is_norm, out_channels
 from .placements.base import Point
 from .placements.branch import Layout
@@ -48,20 +47,22 @@ def layout_at(anatomy: Anatomy, point: Point) -> Layout:
 
 def _axis(anatomy: Anatomy, point: Point, shape: tuple[int, ...]) -> int:
     """The axis of the channels: that of the first layer in the block which works on a tensor of this shape."""
-    module = anatomy.module(point.path)
-    own = _layer_axis(module, shape)
+    own = _layer_axis(anatomy.module(point.path), shape)
     if own is not None:
         return own
-    host = anatomy.block_of(point.path) or point.path
-    inner = [p for p, _ in inner_modules(anatomy.module(host))]
     calls = anatomy.trace.calls if anatomy.trace else {}
-    paths = [f"{host}.{p}" if host else p for p in inner]
-    for path in sorted((p for p in paths if p in calls), key=lambda p: calls[p].order):
-        if shape in (calls[path].input, calls[path].output):
-            axis = _layer_axis(anatomy.module(path), shape)
+    home = host = anatomy.block_of(point.path) or point.path
+    while True:
+        for path in (p for p in calls if not host or p.startswith(host + ".")):
+            axis = (
+                _layer_axis(anatomy.module(path), shape) if shape in (calls[path].input, calls[path].output) else None
+            )
             if axis is not None:
                 return axis
-    widths = {w for m in anatomy.module(host).modules() for w in (in_channels(m), out_channels(m)) if w}
+        if not host:
+            break
+        host = host.rpartition(".")[0]
+    widths = {w for m in anatomy.module(home).modules() for w in (in_channels(m), out_channels(m)) if w}
     return -1 if len(shape) == 3 or (shape[-1] in widths and shape[1] not in widths) else 1
 
 
