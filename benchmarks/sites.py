@@ -103,9 +103,14 @@ def compare(whole: tg.Anatomy, name: str) -> str:
             twin = tg.anatomy(build(name, features_only=True, **options))
         except (RuntimeError, TypeError, AttributeError, AssertionError, ValueError):
             continue
-        wrong = [p for p, m in twin.modules.items() if shapes(m) and known.get(twin.address(p)) != shapes(m)]
+        wrong = [p for p, m in twin.modules.items() if differ(shapes(m), known.get(twin.address(p)))]
         results.append(f"{label} {f'{len(wrong)} differ, such as {wrong[0]}' if wrong else 'same'}")
     return ", ".join(results) or "none"
+
+
+def differ(here: dict[str, tuple[int, ...]], there: dict[str, tuple[int, ...]] | None) -> bool:
+    """Whether a module's tensors are not those at its address; a twin may lack some, as its class token."""
+    return bool(here) and (there is None or any(there.get(name) != shape for name, shape in here.items()))
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

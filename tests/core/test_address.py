@@ -90,32 +90,42 @@ def differing(whole: tg.Anatomy, twin: tg.Anatomy, origins: dict[int, str]) -> I
             yield whole.address(origin), twin.address(path)  # type: ignore[arg-type]
 
 
+def leads_back(found: tg.Anatomy) -> None:
+    """Every module has an address of its own that leads back to it."""
+    addresses = [found.address(p) for p in ["", *found.modules]]
+    assert len(set(addresses)) == len(addresses)
+    assert [found.path(a) for a in addresses] == ["", *found.modules]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_classifier_and_its_feature_extractors_have_the_same_addresses(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tg.anatomy(on_meta(name))
-    for options in ({}, {"out_indices": (0, 1)}, {"feature_cls": "getter"}):
+    leads_back(whole)
+    compared = 0
+    for options in ({}, {"feature_cls": "getter"}):
         origins = Origins(monkeypatch)
         try:
             model = on_meta(name, features_only=True, **options)
         except (TypeError, AttributeError, RuntimeError):
-            assert options, f"{name} has no feature extractor at all"
-            continue
+            continue  # not every family has both kinds
         twin = tg.anatomy(model)
+        leads_back(twin)
         paths = origins.paths or {id(m): p for p, m in model.named_modules()}
-        shared = [p for p, m in twin.modules.items() if paths.get(id(m)) in whole.modules]
-        assert len(shared) >= 5
+        assert sum(paths.get(id(m)) in whole.modules for m in twin.modules.values()) > 15
         assert list(differing(whole, twin, paths)) == []
-        assert all(twin.path(twin.address(p)) == p for p in ["", *twin.modules])
+        compared += 1
+    assert compared
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_address_leads_back_to_its_module_and_to_no_other(name: str) -> None:
-    found = tg.anatomy(on_meta(name))
-    addresses = [found.address(p) for p in ["", *found.modules]]
-    assert len(set(addresses)) == len(addresses)
-    assert [found.path(a) for a in addresses] == ["", *found.modules]
+@pytest.mark.parametrize("name", ["convnext_atto", "resnet26d", "test_vit", "densenet121", "cspnext_tiny"])
+def test_a_feature_extractor_that_ends_early_has_the_same_addresses_too(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origins = Origins(monkeypatch)
+    twin = tg.anatomy(on_meta(name, features_only=True, out_indices=(0, 1)))
+    assert list(differing(tg.anatomy(on_meta(name)), twin, origins.paths)) == []
 
 
 @pytest.mark.parametrize(
@@ -290,7 +300,8 @@ def test_the_canonical_form_of_a_pattern_counts_from_the_front(
 
 @pytest.mark.parametrize("pattern", ["features.denseblock3", "features", "stages[-2:].blocks[-1:]", "*.conv2"])
 def test_the_canonical_form_chooses_the_same_layers_on_a_twin(pattern: str) -> None:
-    whole, twin = on_meta("densenet121"), on_meta("densenet121", features_only=True)
+    small = {"block_config": (1, 2, 2, 1)}
+    whole, twin = on_meta("densenet121", **small), on_meta("densenet121", features_only=True, **small)
     here, there = tg.anatomy(whole, include=pattern), tg.anatomy(twin, include=canonical(whole, pattern))
     assert [s.address for s in here.find("spatial_conv")] == [s.address for s in there.find("spatial_conv")]
     assert canonical(whole, *(canonical(whole, pattern) or [])) == canonical(whole, pattern)

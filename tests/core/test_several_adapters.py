@@ -166,8 +166,8 @@ def test_detaching_one_adapter_keeps_the_others(removed: str, active: str | None
     tg.detach(model, removed)
     left = [n for n in ("one", "two", "three") if n != removed]
     assert list(tg.adapters(model)) == left
+    assert tg.active(model) == (left[-1] if active == removed else active), "the one attached last takes over"
     if active != removed:
-        assert tg.active(model) == active
         assert torch.equal(run(model, X), before)
     for name in left:
         tg.activate(model, name)
@@ -258,6 +258,22 @@ def test_adapters_of_a_part_and_of_the_whole_do_not_mix() -> None:
     assert torch.equal(run(part, T), wanted)
     held = {id(p) for p in part.parameters()}
     assert all(id(p) in held for p in inner.parameters())
+
+
+def test_a_part_of_an_adapted_model_cannot_be_attached_to_behind_its_back() -> None:
+    part = _toy()
+    whole = nn.Sequential(part, nn.Linear(4, 2)).eval()
+    outer = disturb(attach(whole, _affine("0.0"), T))
+    wanted = run(whole, T)
+    try:
+        attach(part, _affine("0"), T)
+    except tg.GraftError:
+        pass
+    else:
+        tg.detach(part)
+    assert torch.equal(run(whole, T), wanted)
+    held = {id(p) for p in whole.parameters()}
+    assert all(id(p) in held for p in outer.parameters())
 
 
 # -- classifiers ----------------------------------------------------------------------------------------

@@ -190,7 +190,11 @@ def test_merging_changes_no_output_and_is_undone_to_the_bit(cell: Cell) -> None:
         twin = network(cell.family)
         assert [k for k in plain if k not in twin.state_dict()] == []
         twin.load_state_dict(plain)
-        assert_close(run(twin, cell.batch), apart)
+        # A plain model that ties two weights cannot hold two that differ (an adapted output layer of T5).
+        untied = any(not torch.equal(t, plain[k]) for k, t in twin.state_dict().items())
+        assert not untied or cell.family == "hf_t5"
+        if not untied:
+            assert_close(run(twin, cell.batch), apart)
     tg.unmerge(cell.model)
     before.assert_same()
     assert torch.equal(run(cell.model, cell.batch), apart)

@@ -166,7 +166,7 @@ class _Finder:
     def _beside_blocks(self, module: nn.Module) -> bool:
         """A composite that stands in a list with blocks is one too, whatever its class is called."""
         own = not isinstance(module, _LISTS) and not is_norm(module) and not _NO_BLOCK.search(class_name(module))
-        return own and _layers(module) > 1 and bool(module._modules) and not self._holds_others(module, named=True)
+        return own and _layers(module) > 1 and _composite(module) and not self._holds_others(module, named=True)
 
     def _holds_others(self, module: nn.Module, *, named: bool) -> bool:
         """Whether a module is only the holder of a list of blocks and has no spatial convolution of its own."""
@@ -188,7 +188,7 @@ class _Finder:
 
     def _repeats(self, module: nn.Module) -> bool:
         """Whether the module is a composite of a class of its own that several lists' elements share."""
-        own = not isinstance(module, _LISTS) and bool(module._modules) and not is_norm(module)
+        own = not isinstance(module, _LISTS) and _composite(module) and not is_norm(module)
         return (
             own
             and not _NO_BLOCK.search(class_name(module))
@@ -212,7 +212,13 @@ class _Finder:
 
 def _layers(module: nn.Module) -> int:
     """Number of convolutions and linear layers inside."""
-    return sum(is_conv(m) or isinstance(m, nn.Linear) for m in module.modules())
+    inside = [module, *(m for _, m in inner_modules(module))]
+    return sum(is_conv(m) or isinstance(m, nn.Linear) for m in inside)
+
+
+def _composite(module: nn.Module) -> bool:
+    """Whether the module has children of its own, not only what adapters added."""
+    return any(name != RESERVED for name in module._modules)
 
 
 def _roots(parents: list[str], first_layer: str) -> dict[str, str]:

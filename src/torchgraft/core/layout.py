@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import GraftError
 from ..swap import original_class
+from .blocks import inner_modules
 from .layers import channel_axis, in_channels, is_batchnorm, is_conv, is_norm, out_channels
 from .placements.base import Point
 from .placements.branch import Layout
@@ -62,7 +63,12 @@ def _axis(anatomy: Anatomy, point: Point, shape: tuple[int, ...]) -> int:
         if not host:
             break
         host = host.rpartition(".")[0]
-    widths = {w for m in anatomy.module(home).modules() for w in (in_channels(m), out_channels(m)) if w}
+    widths = {
+        w
+        for m in [anatomy.module(home), *(m for _, m in inner_modules(anatomy.module(home)))]
+        for w in (in_channels(m), out_channels(m))
+        if w
+    }
     return -1 if len(shape) == 3 or (shape[-1] in widths and shape[1] not in widths) else 1
 
 

@@ -69,10 +69,10 @@ class MergeReport:
 
 @dataclasses.dataclass
 class _Undo:
-    """What :func:`unmerge` needs: the parameters as they were, and the actions that were taken out."""
+    """What :func:`unmerge` needs: the very parameters, and the actions that were taken out."""
 
     name: str
-    parameters: list[tuple[nn.Module, str, nn.Parameter | None, Tensor | None]]
+    parameters: list[tuple[nn.Module, str, nn.Parameter | None]]
     actions: list[tuple[nn.Module, list[tuple[str, Any]]]]
 
 
@@ -151,11 +151,8 @@ def unmerge(model: nn.Module) -> None:
     undo = registry.merged
     if undo is None:
         raise GraftError("nothing is merged into this model")
-    for module, name, parameter, bits in reversed(undo.parameters):
+    for module, name, parameter in reversed(undo.parameters):
         module._parameters[name] = parameter
-        if parameter is not None and bits is not None:
-            with torch.no_grad():
-                parameter.copy_(bits)
     for module, actions in undo.actions:
         point = existing_point(module)
         assert point is not None
@@ -179,14 +176,12 @@ def _folds(placement: Placement) -> bool:
 
 
 def _fold(module: nn.Module, placement: Any, undo: _Undo) -> None:
+    """Give the module new parameters; the old ones stay as they are, for others that share them and for undoing."""
     for name, value in placement.folded(module).items():
         old = module._parameters.get(name)
-        undo.parameters.append((module, name, old, None if old is None else old.detach().clone()))
-        if old is None:
-            like = next(p for p in module._parameters.values() if p is not None)
-            module._parameters[name] = nn.Parameter(value.to(like.dtype), requires_grad=False)
-        else:
-            old.copy_(value.to(old.dtype))
+        undo.parameters.append((module, name, old))
+        like = old if old is not None else next(p for p in module._parameters.values() if p is not None)
+        module._parameters[name] = nn.Parameter(value.to(like.dtype), requires_grad=False)
 
 
 def _drop_actions(module: nn.Module, name: str, folded: set[Any], undo: _Undo) -> None:

@@ -19,7 +19,7 @@ from .frozen import own_parameters, reference_tensor
 from .method import Method
 from .method import method as resolve
 from .placements import BatchStats, Placement, Train
-from .probe import Example, guesses
+from .probe import Example
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +144,7 @@ def plan(
             placed = build(anatomy, config, num_classes=num_classes, batchnorm=batchnorm)
         check(anatomy, config, placed)
         options = {"num_classes": num_classes, "include": include, "exclude": exclude, "batchnorm": batchnorm}
-        flops, flops_added, kept = _costs(anatomy, config, input_size, example, options)
+        flops, flops_added, kept = _costs(anatomy, config, options)
     seen: set[int] = set()
     rows, head = [], 0
     for placement in placed:
@@ -205,20 +205,13 @@ def _without_adapters(model: nn.Module) -> nn.Module:
     return plain
 
 
-def _costs(
-    anatomy: Anatomy, config: Method, input_size: int | None, example: Example | None, options: dict[str, Any]
-) -> tuple[int | None, int | None, int | None]:
+def _costs(anatomy: Anatomy, config: Method, options: dict[str, Any]) -> tuple[int | None, int | None, int | None]:
     """Operations, added operations and bytes kept; None where the model cannot run without data."""
     if anatomy.trace is None or anatomy.trace.input is None:
         return None, None, None
-    shape = anatomy.trace.input
     try:
         ghost = _ghost(anatomy.model, _on_meta).eval()
-        run = (
-            _mapped(example, _on_meta)
-            if example
-            else next(g for g in guesses(ghost, input_size) if _first(g).shape == shape)
-        )
+        run = _mapped(anatomy.trace.example, _on_meta)
         flops = _flops(ghost, run)
         attach(ghost, config, example=run, lean=False, **options)
         added = _flops(ghost, run) - flops
@@ -260,10 +253,6 @@ def _flops(model: nn.Module, example: Example) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*example[0], **example[1])
     return counter.get_total_flops()
-
-
-def _first(example: Example) -> Tensor:
-    return next(iter([*example[0], *example[1].values()]))
 
 
 def _file_bytes(placed: list[Placement], dtype: torch.dtype) -> int:
