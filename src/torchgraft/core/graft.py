@@ -64,10 +64,10 @@ class Grafted:
             return point.router.run(self, super().forward, args, kwargs)  # type: ignore[misc]
         for action in point.before:
             args, kwargs = action.before(args, kwargs)
-        if point.around is None:
-            out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if point.around:
+            out = point.around[0].around(super().forward, args, kwargs)  # type: ignore[misc]
         else:
-            out = point.around.around(super().forward, args, kwargs)  # type: ignore[misc]
+            out = super().forward(*args, **kwargs)  # type: ignore[misc]
         for action in point.after:
             out = action.after(args, kwargs, out)
         return out
@@ -176,7 +176,8 @@ class GraftPoint(nn.Module):
         self.actions: dict[str, list[tuple[str, Any]]] = {}
         self.before: tuple[Any, ...] = ()
         self.after: tuple[Any, ...] = ()
-        self.around: Any = None
+        # A tuple, as the others: a module assigned as it is would become a second child.
+        self.around: tuple[Any, ...] = ()
         self.views: dict[str, tuple[Any, ...]] = {}
         self.router: Any = None
         self.register_load_state_dict_pre_hook(_remember_prefix)
@@ -203,7 +204,7 @@ class GraftPoint(nn.Module):
         chosen = self.actions.get(adapter, []) if adapter is not None else []
         self.before = tuple(a for when, a in chosen if when == "before")
         self.after = tuple(a for when, a in chosen if when == "after")
-        self.around = next((a for when, a in chosen if when == "around"), None)
+        self.around = tuple(a for when, a in chosen if when == "around")
         names = [when[5:] for when, _ in chosen if when.startswith("view:")]
         self.views = {n: tuple(a for when, a in chosen if when == f"view:{n}") for n in names}
 

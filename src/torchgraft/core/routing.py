@@ -166,7 +166,7 @@ class Router:
         point.select(name)
         for action in point.before:
             args, kwargs = action.before(args, kwargs)
-        out = forward(*args, **kwargs) if point.around is None else point.around.around(forward, args, kwargs)
+        out = point.around[0].around(forward, args, kwargs) if point.around else forward(*args, **kwargs)
         for action in point.after:
             out = action.after(args, kwargs, out)
         return out
