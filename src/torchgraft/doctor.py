@@ -71,7 +71,7 @@ def _packages() -> Iterator[Finding]:
         advice = f'pip install "{name}>={lowest}"'
         try:
             version = metadata.version(name)
-            importlib.import_module(_MODULES.get(name, name))
+            importlib.import_module(_MODULES.get(name, name.replace("-", "_")))
         except metadata.PackageNotFoundError:
             yield Finding(name, "broken", "not installed", advice)
         except Exception as error:

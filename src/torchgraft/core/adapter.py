@@ -517,5 +517,11 @@ def _check_name(model: nn.Module, name: str) -> None:
         raise GraftError(
             f"the part {inner!r} of this model has adapters of its own; detach them, or attach to the part"
         )
+    grafted = [p for p, m in model.named_modules() if existing_point(m) is not None]
+    if grafted and _registry(model) is None:
+        raise GraftError(
+            f"{grafted[0] or 'the model'!r} belongs to a larger model that has adapters; "
+            "attach to that one, or detach them first"
+        )
     if name in adapters(model):
         raise GraftError(f"the model already has an adapter {name!r}; detach it first or give another name")
