@@ -396,14 +396,25 @@ def test_a_damaged_task_is_refused(folder: Path, content: bytes) -> None:
 # -- failures on the way --------------------------------------------------------------------------------
 
 
+def _other_classes(folder: Path) -> None:
+    _edit(folder, num_classes=7)
+
+
+def _unknown_tensor(folder: Path) -> None:
+    save_file({**load_file(folder / WEIGHTS), "blocks[99]/delta.value": torch.zeros(1)}, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize("damage", [_other_classes, _unknown_tensor])
 @pytest.mark.parametrize("active", ["one", "two", None])
-def test_a_failed_load_leaves_other_adapters_and_the_active_one_as_they_were(folder: Path, active: str | None) -> None:
+def test_a_failed_load_leaves_other_adapters_and_the_active_one_as_they_were(
+    folder: Path, active: str | None, damage: Callable[[Path], None]
+) -> None:
     model = _resnet()
     for name in ("one", "two"):
         disturb(tg.attach(model, "conv-adapter", name=name, num_classes=3))
     tg.activate(model, active)
     remembered = Remembered(model, X)
-    _edit(folder, num_classes=7)
+    damage(folder)
     with pytest.raises(tg.GraftError):
         tg.load(model, folder)
     assert list(tg.adapters(model)) == ["one", "two"]
@@ -534,3 +545,13 @@ def test_a_state_without_the_parked_head_is_refused_before_anything_is_copied(sa
         assert all(torch.equal(t, before[n]) for n, t in visitor.state_dict().items())
     else:
         assert all(torch.equal(visitor.parked[n], before[n]) for n in ("head.weight", "head.bias"))
+
+
+def test_two_placements_of_one_name_at_one_module_are_saved_and_loaded(tmp_path: Path) -> None:
+    model, twin = _resnet(), _resnet()
+    twin.load_state_dict(model.state_dict())
+    adapter = disturb(tg.attach(model, "conv-adapter[reduction=4] + conv-adapter[reduction=8]", num_classes=3))
+    adapter.save(tmp_path)
+    loaded = tg.load(twin, tmp_path)
+    assert list(loaded.state_dict()) == list(adapter.state_dict())
+    assert torch.equal(run(twin, X), run(model, X))

@@ -10,7 +10,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 import torchgraft as tg
-from torchgraft.core.adapter import build
+from torchgraft.core.build import build
 
 SIDE = 32
 TINY = ("test_resnet", "test_convnext", "test_efficientnet", "test_vit", "swin")

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..errors import GraftError, nearest
 from ..swap import has_layer, swap, unswap
 from .anatomy import Anatomy, Site
+from .build import build, check, saved_prefix
 from .frozen import (
     HeldInEval,
-    batchnorm_placements,
     count_once,
     freeze,
     hold_silent,
@@ -25,13 +25,11 @@ from .frozen import (
     unfreeze,
 )
 from .graft import RESERVED, existing_point, graft_point, remove_point
-from .head import KeepsHead, head_paths, head_placements
+from .head import HEAD_SLOT, KeepsHead
 from .method import Method
 from .method import method as resolve
-from .placements import BatchStats, Hook, Parallel, Placement, Train
+from .placements import BatchStats, Hook, Placement, Train
 from .probe import Example, in_eval_mode
-
-HEAD_SLOT = "head"
 
 
 class Adapter:
@@ -161,6 +159,7 @@ class Registry:
     active: str | None
     requires_grad: dict[str, bool]
     merged: Any = None
+    dropout: bool | None = None
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -293,86 +292,16 @@ def activate(model: nn.Module, name: str | None) -> None:
     if registry.merged is not None and name != registry.merged.name:
         raise GraftError(f"adapter {registry.merged.name!r} is merged into the weights; unmerge first")
     registry.active = None if name is None else _known(registry, name)
-    hold_silent(model, name is not None and registry.adapters[name].dropout)
+    wish = name is not None and registry.adapters[name].dropout
+    if wish is not registry.dropout:
+        hold_silent(model, wish)
+        registry.dropout = wish
     for module in model.modules():
         point = existing_point(module)
         if point is not None:
             point.select(registry.active)
         if has_layer(module, HeldInEval):
             module.settle()  # type: ignore[operator]
-
-
-def build(
-    anatomy: Anatomy, config: Method, *, num_classes: int | None, batchnorm: str, headless: bool = False
-) -> list[Placement]:
-    """Every placement of an adapter on this anatomy: the method's, the head's, the statistics'.
-
-    ``headless``: the adapter has a head that this model has no place for, so adding nothing else is fine.
-
-    Raises:
-        GraftError: The method finds no place, or the model has no classifier to replace.
-    """
-    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
-        raise GraftError(f"num_classes={num_classes!r}: expected a whole number of at least 1")
-    placed = list(config.placements(anatomy))
-    if num_classes is not None:
-        heads = head_paths(anatomy)
-        replaced = [p for p in placed if any(p.home == h or p.home.startswith(f"{h}.") for h in heads)]
-        placed = [p for p in placed if p not in replaced]
-        for placement in replaced:
-            if not isinstance(placement, Train):
-                warnings.warn(
-                    f"{config.name}: {placement.kind} at {placement.home!r} makes way for the head", stacklevel=3
-                )
-        placed += head_placements(anatomy, num_classes)
-    _own_once(placed)
-    stats = batchnorm_placements(anatomy.model, batchnorm)
-    if not placed and not headless:
-        raise GraftError(f"{config} adds nothing to this model: no site is selected and num_classes is not given")
-    return placed + list(stats)
-
-
-def _own_once(placed: list[Placement]) -> None:
-    """Of several copies of one parameter (combined methods) the first stays."""
-    taken: set[tuple[str, str]] = set()
-    for placement in [p for p in placed if isinstance(p, Train)]:
-        placement.give_up([n for n in placement.names if (placement.home, n) in taken])
-        taken |= {(placement.home, n) for n in placement.names}
-        if not placement.names:
-            placed.remove(placement)
-
-
-def check(anatomy: Anatomy, config: Method, placed: list[Placement]) -> None:
-    """Refuse placements at modules that never run, run more than once where order matters, or cannot act.
-
-    Raises:
-        GraftError: Names the method, the site and the reason.
-    """
-    around: set[str] = set()
-    for placement in placed:
-        support = placement.supports_here(anatomy.module(placement.home))
-        for hook in placement.hooks():
-            if hook.when == "around" and hook.path in around:
-                raise GraftError(f"{config.name}: two placements take the place of {hook.path!r}; only one can")
-            around |= {hook.path} if hook.when == "around" else set()
-        for hook in placement.hooks():
-            if hook.when.startswith("view:") or placement.functional:
-                continue
-            count = anatomy.calls(hook.path)
-            if count == 0:
-                raise GraftError(
-                    f"{config.name}: site {hook.path!r} is never called in a forward (its parent uses its weights "
-                    f"directly, or the input does not reach it), so {placement.kind} would do nothing there; "
-                    f"exclude it with exclude={hook.path!r}"
-                )
-            tapped = isinstance(placement, Parallel) and placement.tap is not None
-            if tapped and count > 1:
-                raise GraftError(
-                    f"{config.name}: site {hook.path!r} is called {count} times in one forward (a shared module), so a "
-                    f"tensor cannot be carried to or from it; exclude it with exclude={hook.path!r}"
-                )
-        if not support.forward:
-            raise GraftError(f"{config.name}: site {placement.home!r} cannot take {placement.kind}: {support.reason}")
 
 
 def install(adapter: Adapter, anatomy: Anatomy, placed: list[Placement], *, dropout: bool = False) -> None:
@@ -386,19 +315,12 @@ def install(adapter: Adapter, anatomy: Anatomy, placed: list[Placement], *, drop
             swap(model, KeepsHead)
     adapter.dropout = dropout
     like = reference_tensor(model)
-    used: set[tuple[str, str]] = set()
     for placement in placed:
-        base, number = placement.slot, 2
-        while (placement.home, placement.slot) in used:
-            placement.slot, number = f"{base}{number}", number + 1
-        used.add((placement.home, placement.slot))
         # Copies of what the backbone has keep their dtype; new forms take that of the backbone.
         placement.to(device=like.device, dtype=None if isinstance(placement, (Train, BatchStats)) else like.dtype)
         placement.train(model.training)
         count_once(placement)
-        head = placement.slot == HEAD_SLOT
-        prefix = HEAD_SLOT if head else f"{anatomy.address(placement.home)}/{placement.slot}"
-        adapter.placements.append((prefix, placement))
+        adapter.placements.append((saved_prefix(anatomy, placement), placement))
         insert(model, name, placement)
     adapter.splits = all(
         anatomy.calls(h.path) > 0 for _, p in adapter.placements for h in p.hooks() if h.when.startswith("view:")
@@ -421,12 +343,13 @@ def insert(model: nn.Module, name: str, placement: Placement) -> None:
 
 def _disarm_fast_path(model: nn.Module, hook: Hook) -> None:
     """``nn.TransformerEncoderLayer`` bypasses its children in inference unless one of them has a hook."""
+    point = existing_point(model.get_submodule(hook.path))
+    if point is None or point._forward_pre_hooks:
+        return
     parts = hook.path.split(".")
-    for i in range(len(parts)):
-        above = model.get_submodule(".".join(parts[:i])) if i else model
-        point = existing_point(model.get_submodule(hook.path) if hook.path else model)
-        if isinstance(above, nn.TransformerEncoderLayer) and point is not None and not point._forward_pre_hooks:
-            point.register_forward_pre_hook(_no_change)
+    above = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts)))
+    if any(isinstance(module, nn.TransformerEncoderLayer) for module in above):
+        point.register_forward_pre_hook(_no_change)
 
 
 def _no_change(module: nn.Module, args: Any) -> None:

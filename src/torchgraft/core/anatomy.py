@@ -64,6 +64,7 @@ class Anatomy:
         include: Which part of the model methods may use (see :class:`~torchgraft.core.address.Selection`).
         exclude: Which part they may not use.
         input_size: Side of the image in pixels for a guessed example.
+        trace: The record of a dry run of this very model; default: one is made.
 
     Attributes:
         modules: Every module by its path, without what adapters added.
@@ -86,13 +87,14 @@ class Anatomy:
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
         input_size: int | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self.model = model
         self.modules = dict(inner_modules(model))
         self.stages: list[Stage] = find_stages(model)
         self.blocks: list[Block] = [b for s in self.stages for b in s.blocks]
         self._block_paths = {b.path for b in self.blocks}
-        self.trace: Trace | None = dry_run(model, example, input_size)
+        self.trace: Trace | None = trace or dry_run(model, example, input_size)
         self.stem = next((p for p in self._called() if self._is_first(self.modules[p])), None)
         self.base = self._find_base()
         self.head, self.heads = self._find_heads()

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from ..atomic import write_files
 from ..errors import GraftError, nearest
 from ..version import VERSION
-from .adapter import HEAD_SLOT, Adapter, activate, active, attach, build, detach, registry_of, shape_mismatch
+from .adapter import Adapter, activate, active, attach, detach, registry_of, shape_mismatch
 from .address import Selection
 from .anatomy import Anatomy
+from .build import build, saved_prefix
 from .card import model_card
 from .fingerprint import check_fingerprint, fingerprint
+from .head import HEAD_SLOT
 from .method import Method, method_class
 from .probe import Example
 
@@ -69,10 +71,9 @@ def save(
         GraftError: Unknown dtype, or the folder cannot be written.
     """
     target = _dtype(dtype)
-    if registry_of(adapter.model).merged is not None:
-        raise GraftError(
-            f"adapter {registry_of(adapter.model).merged.name!r} is merged into the weights; unmerge first"
-        )
+    merged = registry_of(adapter.model).merged
+    if merged is not None:
+        raise GraftError(f"adapter {merged.name!r} is merged into the weights; unmerge first")
     anatomy = Anatomy(adapter.model, example=adapter.example)
     modules = [(p, anatomy.address(p)) for p in anatomy.modules]
     selection = Selection(adapter.include, adapter.exclude, [len(s.blocks) for s in anatomy.stages])
@@ -145,7 +146,7 @@ def load(
         "batchnorm": config["batchnorm"],
         "example": example,
     }
-    _check_sizes(model, config, tensors, options, headless, Path(folder))
+    _check_sizes(anatomy, config, tensors, options, Path(folder))
     adapter = attach(model, _method_of(config), name=name or config["name"], _headless=headless, **options)
     try:
         own = adapter.state_dict()
@@ -168,33 +169,33 @@ def load(
 
 
 def _check_sizes(
-    model: nn.Module,
-    config: dict[str, Any],
-    tensors: dict[str, Tensor],
-    options: dict[str, Any],
-    headless: bool,
-    folder: Path,
+    whole: Anatomy, config: dict[str, Any], tensors: dict[str, Tensor], options: dict[str, Any], folder: Path
 ) -> None:
     """Refuse a config that asks for other sizes than the file holds, before any memory is taken for it."""
-    anatomy = Anatomy(model, include=options["include"], exclude=options["exclude"], example=options["example"])
-    method, batchnorm = _method_of(config), options["batchnorm"]
+    anatomy = Anatomy(
+        whole.model,
+        include=options["include"],
+        exclude=options["exclude"],
+        example=options["example"],
+        trace=whole.trace,
+    )
+    method, classes, batchnorm = _method_of(config), options["num_classes"], options["batchnorm"]
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            placed = build(anatomy, method, num_classes=options["num_classes"], batchnorm=batchnorm, headless=headless)
+            placed = build(anatomy, method, num_classes=classes, batchnorm=batchnorm, headless=whole.head is None)
     except (RuntimeError, OverflowError, TypeError) as error:
         raise GraftError(
             f"{folder}: {config['method']} cannot be built with the shapes its configuration asks for "
             f"({str(error).splitlines()[0]})"
         ) from error
     for placement in placed:
-        head = placement.slot == HEAD_SLOT
-        prefix = HEAD_SLOT if head else f"{anatomy.address(placement.home)}/{placement.slot}"
+        prefix = saved_prefix(anatomy, placement)
         for key, tensor in placement.owned().items():
             held = tensors.get(f"{prefix}.{key}")
             if held is not None and held.shape != tensor.shape:
                 raise GraftError(f"{folder}: {shape_mismatch(f'{prefix}.{key}', held, tensor)}")
-            if held is None and head:
+            if held is None and placement.slot == HEAD_SLOT:
                 raise GraftError(f"{folder}: the file holds no head for num_classes={config['num_classes']}")
 
 

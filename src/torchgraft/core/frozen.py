@@ -53,7 +53,7 @@ def release(module: nn.Module) -> None:
 
 
 def freeze(model: nn.Module) -> dict[str, bool]:
-    """Switch gradients off and hold BatchNorm and dropout in eval mode.
+    """Switch gradients off and hold every BatchNorm in eval mode; for dropout see :func:`hold_silent`.
 
     Returns:
         ``requires_grad`` of every parameter as it was, by name.
@@ -63,7 +63,7 @@ def freeze(model: nn.Module) -> dict[str, bool]:
         if name in before:
             parameter.requires_grad_(False)
     for _, module in inner_modules(model):
-        if is_batchnorm(module) or _drops(module):
+        if is_batchnorm(module):
             hold(module)
     return before
 

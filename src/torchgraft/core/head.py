@@ -14,6 +14,9 @@ from .placements import Replace
 if TYPE_CHECKING:
     from .anatomy import Anatomy
 
+HEAD_SLOT = "head"
+"""The slot of an adapter's own classifier; its tensors are saved as ``head.weight`` and ``head.bias``."""
+
 
 def head_placements(anatomy: Anatomy, num_classes: int) -> list[Replace]:
     """One :class:`~torchgraft.core.placements.Replace` per classifier of the model, sharing one new layer.
@@ -41,7 +44,7 @@ def head_placements(anatomy: Anatomy, num_classes: int) -> list[Replace]:
             f"num_classes={num_classes}: the width of the classifier {path!r} cannot be told; give `example=`"
         )
     head = make_head(width, num_classes, conv=conv)
-    return [Replace(p, head, slot="head") for p in head_paths(anatomy)]
+    return [Replace(p, head, slot=HEAD_SLOT) for p in head_paths(anatomy)]
 
 
 def make_head(width: int, num_classes: int, *, conv: bool = False) -> nn.Module:

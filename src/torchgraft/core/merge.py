@@ -12,8 +12,9 @@ from ..errors import GraftError
 from .adapter import Adapter, activate, active, adapters, registry_of
 from .anatomy import Anatomy
 from .graft import existing_point, first_output
+from .head import HEAD_SLOT
 from .placements import Placement
-from .probe import Example, in_eval_mode
+from .probe import Example, in_eval_mode, leading_tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +138,7 @@ def merge(
                 _relative(again[placement.home], seen[placement.home]) if known else None,
             )
         )
-    left = [r for r, (_, p) in zip(rows, adapter.placements, strict=True) if not r.merged and p.slot != "head"]
+    left = [r for r, (_, p) in zip(rows, adapter.placements, strict=True) if not r.merged and p.slot != HEAD_SLOT]
     return MergeReport(tuple(rows), error, not left)
 
 
@@ -212,9 +213,7 @@ def _watch(
     finally:
         for handle in handles:
             handle.remove()
-    while not isinstance(out, Tensor):
-        out = next(iter(out.values())) if isinstance(out, dict) else out[0]
-    return out, seen
+    return leading_tensor(out), seen
 
 
 def _probe(probe: Example | Tensor | None, anatomy: Anatomy) -> Example | None:

@@ -13,9 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from .adapter import HEAD_SLOT, adapters, attach, build, check, detach
+from .adapter import adapters, attach, detach
 from .anatomy import Anatomy
+from .build import build, check
 from .frozen import own_parameters, reference_tensor
+from .head import HEAD_SLOT
 from .method import Method
 from .method import method as resolve
 from .placements import BatchStats, Placement, Train

@@ -171,6 +171,18 @@ def image_size(model: nn.Module) -> tuple[int, int] | None:
     return next((found for m in (model, *model.children()) if (found := _own_image_size(m))), None)
 
 
+def leading_tensor(out: Any) -> Tensor | None:
+    """The tensor that comes first in what a model returned, however deep; None when it holds none."""
+    while not isinstance(out, Tensor):
+        if isinstance(out, dict) and out:
+            out = next(iter(out.values()))
+        elif isinstance(out, (tuple, list)) and out:
+            out = out[0]
+        else:
+            return None
+    return out
+
+
 @contextlib.contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode for the whole model; every module gets its own flag back."""
@@ -186,9 +198,9 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _same_random_state(model: nn.Module) -> Iterator[None]:
-    """The generators of the CPU and of the model's accelerator go on as if nothing had run."""
+    """The generators of the CPU and of the model's GPU go on as if nothing had run."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    on_gpu = device.type not in ("cpu", "meta")
+    on_gpu = device.type in ("cuda", "xpu")  # others have one generator for all devices, which fork_rng cannot handle
     devices = [device.index or 0] if on_gpu else []
     with torch.random.fork_rng(devices=devices, device_type=device.type if on_gpu else "cuda"):
         yield
@@ -280,11 +292,5 @@ def _shape_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] 
 
 
 def _shape_out(out: Any) -> tuple[int, ...] | None:
-    while not isinstance(out, Tensor):
-        if isinstance(out, dict) and out:
-            out = next(iter(out.values()))
-        elif isinstance(out, (tuple, list)) and out:
-            out = out[0]
-        else:
-            return None
-    return tuple(out.shape)
+    tensor = leading_tensor(out)
+    return None if tensor is None else tuple(tensor.shape)

@@ -39,6 +39,7 @@ from ..core.layers import (
 from ..core.method import Method, register
 from ..core.placements import Parallel, Placement, Point, Sequential, Train
 from ..errors import GraftError, nearest
+from .forms.before_pooling import block_family, norm_before_pooling
 from .forms.conv_bottleneck import ConvBottleneck, Init, bottleneck_width
 from .forms.linear_bottleneck import LinearBottleneck
 
@@ -127,9 +128,7 @@ class ConvAdapter(Method):
         if self._official:
             placed += self._beside_pooling(anatomy)
         if self._official and _is_resnet(anatomy):
-            last = anatomy.stages[-1].root
-            width = anatomy.shape(Point(last, "output"))[1]
-            placed.append(Sequential(nn.BatchNorm2d(width), Point(last, "output"), skip=False, slot="norm"))
+            placed.append(norm_before_pooling(anatomy))
         return placed
 
     # -- one site ---------------------------------------------------------------------------------------
@@ -201,7 +200,7 @@ class ConvAdapter(Method):
 
     def _source(self, anatomy: Anatomy, site: Site) -> Point:
         """The convolution's input; on BiT, as published, the raw output of conv1, before its norm and activation."""
-        if self._official and _family(anatomy) == "resnetv2" and site.block is not None:
+        if self._official and block_family(anatomy) == "resnetv2" and site.block is not None:
             before = f"{site.block}.conv1"
             if before != site.path and before in anatomy.modules:
                 return Point(before, "output")
@@ -307,21 +306,11 @@ def _norm_before(anatomy: Anatomy, block: Site, attention: Site) -> Site | None:
     return max(ahead, key=lambda s: calls[s.path].order, default=None)
 
 
-def _family(anatomy: Anatomy) -> str:
-    """The library file that defines the blocks, such as ``resnet`` or ``convnext``."""
-    if not anatomy.blocks:
-        return ""
-    from ..swap import original_class
-
-    block = original_class(anatomy.module(anatomy.blocks[0].path))
-    return block.__module__.rpartition(".")[2]
-
-
 def _is_resnet(anatomy: Anatomy) -> bool:
-    return _family(anatomy) == "resnet" and anatomy.blocks[0].name == "Bottleneck"
+    return block_family(anatomy) == "resnet" and anatomy.blocks[0].name == "Bottleneck"
 
 
 def _official_init(anatomy: Anatomy) -> Init:
-    family = _family(anatomy)
+    family = block_family(anatomy)
     starts: dict[str, Init] = {"resnet": "kaiming", "convnext": "trunc", "_efficientnet_blocks": "fan_out"}
     return starts.get(family, "default")

@@ -17,15 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from torch import nn
-
 from ..core.anatomy import Anatomy
 from ..core.head import head_paths
 from ..core.layers import is_batchnorm, is_norm
 from ..core.method import Method, register
-from ..core.placements import Placement, Point, Sequential
-from ..swap import original_class
+from ..core.placements import Placement
 from .forms import copies
+from .forms.before_pooling import block_family, norm_before_pooling
 
 
 @register("linear")
@@ -43,9 +41,8 @@ class Linear(Method):
         """A copy of the classifier; nothing where the model has none and its own head is asked for."""
         trained = tuple(f"{p}." for p in [*head_paths(anatomy), _final_norm(anatomy) if self.norm else None] if p)
         placed: list[Placement] = [*copies(anatomy, lambda path, module, name: f"{path}.".startswith(trained))]
-        if self.norm and _is_resnet(anatomy):
-            end = Point(anatomy.stages[-1].root, "output")
-            placed.append(Sequential(nn.BatchNorm2d(anatomy.shape(end)[1]), end, skip=False, slot="norm"))
+        if self.norm and block_family(anatomy) == "resnet":
+            placed.append(norm_before_pooling(anatomy))
         return placed
 
 
@@ -56,11 +53,3 @@ def _final_norm(anatomy: Anatomy) -> str | None:
         if is_norm(module) and not is_batchnorm(module):
             return None if f"{path}.".startswith(inside) else path
     return None
-
-
-def _is_resnet(anatomy: Anatomy) -> bool:
-    """Whether the blocks come from a library's file on the original ResNet."""
-    if not anatomy.blocks:
-        return False
-    block = original_class(anatomy.module(anatomy.blocks[0].path))
-    return block.__module__.rpartition(".")[2] == "resnet"
