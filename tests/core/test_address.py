@@ -119,13 +119,17 @@ def test_a_classifier_and_its_feature_extractors_have_the_same_addresses(
     assert compared
 
 
-@pytest.mark.parametrize("name", ["convnext_atto", "resnet26d", "test_vit", "densenet121", "cspnext_tiny"])
+@pytest.mark.parametrize(
+    "name", ["convnext_atto", "resnet26d", "test_vit", "densenet121", "cspnext_tiny", "volo_d1_224"]
+)
 def test_a_feature_extractor_that_ends_early_has_the_same_addresses_too(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     origins = Origins(monkeypatch)
-    twin = tg.anatomy(on_meta(name, features_only=True, out_indices=(0, 1)))
-    assert list(differing(tg.anatomy(on_meta(name)), twin, origins.paths)) == []
+    twin, whole = tg.anatomy(on_meta(name, features_only=True, out_indices=(0, 1))), tg.anatomy(on_meta(name))
+    assert list(differing(whole, twin, origins.paths)) == []
+    roles = {s.address: s.role for s in whole.sites}
+    assert {s.address: s.role for s in twin.sites if s.address in roles}.items() <= roles.items()
 
 
 @pytest.mark.parametrize(

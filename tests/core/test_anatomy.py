@@ -245,10 +245,12 @@ def test_the_anatomy_changes_nothing_of_the_model() -> None:
 
 def test_the_anatomy_of_a_resnet50_takes_a_moment() -> None:
     model = timm.create_model("resnet50")
-    tg.anatomy(model)
-    start = time.process_time()
-    tg.anatomy(model)
-    assert time.process_time() - start < 0.5  # 0.15 s measured, most of it the dry run
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        tg.anatomy(model)
+        times.append(time.process_time() - start)
+    assert min(times) < 0.4  # 0.12 s measured on one core of a server, most of it the dry run
 
 
 SMALL = ["resnet18", "resnetv2_18", "regnety_004", "convnext_atto", "efficientnet_lite0", "mobilenetv3_small_050",

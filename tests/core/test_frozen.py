@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import torchgraft as tg
 from torchgraft.core.frozen import own_parameters
@@ -195,6 +196,24 @@ def test_statistics_are_saved_and_loaded_with_the_adapter() -> None:
     other.load_state_dict(state)
     x = torch.randn(2, 3, 64, 64)
     assert torch.equal(run(model, x), run(twin, x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_batchnorm_of_the_adapters_own_counts_a_recomputed_batch_once(reentrant: bool) -> None:
+    def build() -> tuple[nn.Module, tg.Adapter]:
+        model = _network().eval()
+        adapter = attach(model, lambda _: Sequential(nn.BatchNorm2d(4), Point("5", "output"), skip=False), X)
+        model.train()
+        return model, adapter
+
+    (plain, wanted), (model, adapter) = build(), build()
+    for step in range(3):
+        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(step)).requires_grad_()
+        plain(x).square().sum().backward()
+        checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+    for (name, found), tensor in zip(adapter.state_dict().items(), wanted.state_dict().values(), strict=True):
+        assert torch.equal(found, tensor), name
+    assert [int(t) for n, t in adapter.state_dict().items() if "tracked" in n] == [3]
 
 
 def test_an_unknown_policy_is_refused_with_the_nearest_name() -> None:

@@ -195,6 +195,7 @@ def test_a_plus_inside_brackets_joins_nothing(inner: str) -> None:
         ("toy-of-the-tests[rank=]", "rank=None is not valid; expected a whole number"),
         ("toy-of-the-tests[scale=big]", "scale='big' is not valid; expected a number"),
         ("toy-of-the-tests[scheme=four]", "scheme='four' is not valid; expected one of 'one', 'two', 3"),
+        ("toy-of-the-tests[scheme=3.0]", "scheme=3.0 is not valid; expected one of 'one', 'two', 3"),
         ("toy-of-the-tests[norms=1]", "norms=1 is not valid; expected true or false"),
         ("toy-of-the-tests[act=3]", "act=3 is not valid; expected a word"),
         ("toy-of-the-tests[targets=q]", "targets='q' is not valid; expected a list of a word"),

@@ -205,6 +205,20 @@ def test_a_site_that_never_runs_is_refused_when_planning_too() -> None:
         tg.plan(Unused(), method, example=((torch.randn(1, 4),), {}))
 
 
+def test_a_placement_that_a_layer_cannot_take_is_refused_even_where_nothing_could_be_run() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(4, 4)
+
+        def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> Tensor:
+            return self.lstm(x, state)[0]
+
+    method = Placed(lambda a: Train("lstm", dict(a.module("lstm")._parameters)))
+    with pytest.raises(tg.GraftError, match="recurrent layers keep a flat copy"):
+        tg.plan(Recurrent(), method)
+
+
 def test_a_zero_class_head_is_refused() -> None:
     with pytest.raises(tg.GraftError, match="num_classes=0"):
         tg.plan(_model("test_resnet"), "conv-adapter", 64, num_classes=0)

@@ -23,7 +23,7 @@ from .twins import original_names, rebuilt
 
 _BLOCK = re.compile(
     r"Block|[Bb]ottle\d?[Nn]eck|Layer(V\d|\dd)?$|Residual|Unit|Separable|ConvBnAct|MBConv|MbConv|Cell|Inverted"
-    r"|Basic[A-Z]?$|XceptionModule|MobileAttention"
+    r"|Basic[A-Z]?$|XceptionModule|MobileAttention|Outlooker"
 )
 _HOLDER = re.compile(r"(Stage(Block)?|Stack|Blocks|Encoder|Decoder)$")
 _NO_BLOCK = re.compile(r"(Conv|Linear|SE|Norm|Act)Layer|Squeeze|Dropout|Embed|Merging|Downsample$|Transition")
