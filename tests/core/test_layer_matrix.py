@@ -29,8 +29,10 @@ from torchgraft.core.placements import (
     Tokens,
     Train,
     WeightDelta,
+    WindowTokens,
     affine_for,
 )
+from torchgraft.core.placements.window_tokens import WindowPath
 from torchgraft.methods.forms import ConvBottleneck
 
 from .attaching import Remembered, assert_close, assert_every_tensor_learns, attach, disturb, run
@@ -161,7 +163,11 @@ KINDS: dict[type[Placement], tuple[Make, Formula]] = {
         lambda c, p, x: p.form.mix(p.form.layer(x)),
     ),
     Tokens: (lambda c, layer: Tokens(Given((3, 4), 1.0), "0", "0", prefix=1), _tokens_by_hand),
-    KeyValue: (lambda c, layer: KeyValue(Given((2, 3, 4)), "0"), lambda c, p, x: c.layer(x)),
+    WindowTokens: (
+        lambda c, layer: WindowTokens(Given((3, 4)), WindowPath({"0": layer}, {}, {}, {}, None, None), 3, fresh=[0]),
+        lambda c, p, x: c.layer(x),
+    ),
+    KeyValue: (lambda c, layer: KeyValue(Given((2, 3, 4)), "0", layer), lambda c, p, x: c.layer(x)),
     BatchStats: (lambda c, layer: BatchStats("0", layer, "adapt"), lambda c, p, x: c.layer(x)),
 }
 
@@ -170,7 +176,7 @@ def _works(placement: type[Placement], kind: str) -> bool:
     """Where a placement must work; everywhere else it must be refused."""
     if placement is Tokens:  # single layers treat every token alone: prompts would change nothing
         return kind == "transformer encoder layer"
-    if placement is KeyValue:
+    if placement in (KeyValue, WindowTokens):
         return False
     if placement is BatchStats:
         return "batchnorm" in kind

@@ -6,7 +6,7 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -100,8 +100,12 @@ class Adapter:
         """Copy ``state`` into the adapter.
 
         Raises:
-            GraftError: A tensor is missing, unknown, or has another shape; the adapter is unchanged then.
+            GraftError: A tensor is missing, unknown, or has another shape, or the adapter is merged; the adapter
+                is unchanged then.
         """
+        registry = _registry(self.model)
+        if registry is not None and registry.merged is not None and registry.merged.name == self.name:
+            raise GraftError(f"adapter {self.name!r} is merged into the weights; unmerge first")
         own = dict(self._owned())
         missing = [n for n in (*own, *self.parked) if n not in state]
         unknown = [n for n in state if n not in own and n not in self.parked]
@@ -120,11 +124,17 @@ class Adapter:
                 tensor.copy_(state[name])
         self.parked = {n: state[n].detach().clone() for n in self.parked}
 
-    def save(self, folder: Any, dtype: torch.dtype | str | None = None, task: dict[str, Any] | None = None) -> None:
+    def save(
+        self,
+        folder: Any,
+        dtype: torch.dtype | str | None = None,
+        task: dict[str, Any] | None = None,
+        format: Literal["torchgraft", "peft"] = "torchgraft",
+    ) -> None:
         """Write the adapter to ``folder``; see :func:`torchgraft.save`."""
         from .checkpoint import save
 
-        save(self, folder, dtype=dtype, task=task)
+        save(self, folder, dtype=dtype, task=task, format=format)
 
     def summary(self) -> str:
         """A few lines for people: method, sites, parameters."""
@@ -324,7 +334,7 @@ def install(adapter: Adapter, anatomy: Anatomy, placed: list[Placement], *, drop
         insert(model, name, placement)
     adapter.splits = all(
         anatomy.calls(h.path) > 0 for _, p in adapter.placements for h in p.hooks() if h.when.startswith("view:")
-    )
+    ) and all(p.splits for _, p in adapter.placements)
     homes = {p.home: None for _, p in adapter.placements if p.slot != HEAD_SLOT and p.kind != "stats"}
     adapter.sites = [anatomy.site(path) for path in homes]
     registry.adapters[name] = adapter

@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import GraftError
 from .address import Addresses, Selection
 from .blocks import Block, Stage, called_block, class_name, find_stages, inner_modules
+from .branches import Branch, branches_of
 from .layers import ConvGeometry, in_channels, is_conv, is_norm, kind_of, out_channels
 from .layout import layout_at
 from .placements.base import Point
@@ -140,8 +141,13 @@ class Anatomy:
         return self._all.get(path) or self._make(path, "module", self.block_of(path))
 
     def inside(self, block: str, *roles: str) -> list[Site]:
-        """The sites of one block, selected or not, with one of these roles."""
-        return [s for s in self._by_block.get(block, []) if s.role in roles]
+        """The sites of one block, selected or not, with one of these roles (any, where none is named)."""
+        return [s for s in self._by_block.get(block, []) if not roles or s.role in roles]
+
+    def branches(self, *kinds: str) -> list[Branch]:
+        """The residual branches of the selected blocks, of these kinds (``attn``, ``cross``, ``mlp``; default: all)."""
+        found = [b for site in self.find("block") for b in branches_of(self, site.path)]
+        return [b for b in found if not kinds or b.kind in kinds]
 
     def block_of(self, path: str) -> str | None:
         """Path of the block that the module is or belongs to, None outside blocks."""

@@ -12,7 +12,7 @@ from .anatomy import Anatomy
 from .frozen import batchnorm_placements
 from .head import HEAD_SLOT, head_paths, head_placements
 from .method import Method
-from .placements import Parallel, Placement, Train
+from .placements import Placement, Train
 
 
 def build(
@@ -96,7 +96,7 @@ def check(anatomy: Anatomy, config: Method, placed: list[Placement]) -> None:
                     f"directly, or the input does not reach it), so {placement.kind} would do nothing there; "
                     f"exclude it with exclude={hook.path!r}"
                 )
-            tapped = isinstance(placement, Parallel) and placement.tap is not None
+            tapped = getattr(placement, "tap", None) is not None
             if tapped and count > 1:
                 raise GraftError(
                     f"{config.name}: site {hook.path!r} is called {count} times in one forward (a shared module), so a "

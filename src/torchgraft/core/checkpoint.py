@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -57,6 +57,7 @@ def save(
     folder: str | os.PathLike[str],
     dtype: torch.dtype | str | None = None,
     task: dict[str, Any] | None = None,
+    format: Literal["torchgraft", "peft"] = "torchgraft",
 ) -> None:
     """Write an adapter to a folder; files that are there are replaced only when all new ones are complete.
 
@@ -66,11 +67,20 @@ def save(
         dtype: ``"fp32"``, ``"fp16"``, ``"bf16"`` or the torch dtype for floating-point tensors; None: as they
             are.
         task: Plain data about the task (classes, transforms, metrics) for ``task.json``.
+        format: ``"torchgraft"``, or ``"peft"`` for a folder that HF peft loads; see
+            :func:`torchgraft.interop.write_peft`.
 
     Raises:
-        GraftError: Unknown dtype, or the folder cannot be written.
+        GraftError: Unknown dtype or format, or the folder cannot be written.
     """
     target = _dtype(dtype)
+    if format == "peft":
+        from ..interop import write_peft
+
+        write_peft(adapter, folder, target)
+        return
+    if format != "torchgraft":
+        raise GraftError(f"format={format!r}; {nearest(str(format), ('torchgraft', 'peft'))}")
     merged = registry_of(adapter.model).merged
     if merged is not None:
         raise GraftError(f"adapter {merged.name!r} is merged into the weights; unmerge first")
@@ -120,7 +130,7 @@ def load(
 
     Args:
         model: The backbone it was trained on, or a twin of it (a feature extractor, a detector's trunk).
-        folder: What :func:`save` wrote.
+        folder: What :func:`save` wrote, or a folder of HF peft (:func:`torchgraft.interop.read_peft`).
         name: Name on this model; default: the one it was saved under.
         strict: Refuse a backbone whose weights differ, and sites that the model lacks.
         example: Input ``(args, kwargs)`` of the dry run, for models whose input cannot be guessed.
@@ -128,6 +138,10 @@ def load(
     Raises:
         GraftError: Missing, damaged or foreign files, or another backbone; the model is unchanged then.
     """
+    if "peft_type" in read_json(Path(folder) / CONFIG):
+        from ..interop import read_peft
+
+        return read_peft(model, folder, name, example=example)
     config = read_config(folder)
     tensors = read_tensors(folder)
     anatomy = Anatomy(model, example=example)
@@ -205,7 +219,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         GraftError: No such folder or file, damaged JSON, a missing or wrong field, a newer format.
     """
-    config = _read_json(Path(folder) / CONFIG)
+    config = read_json(Path(folder) / CONFIG)
     where = Path(folder) / CONFIG
     for field, types in _FIELDS.items():
         if field not in config:
@@ -253,10 +267,15 @@ def read_task(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         GraftError: The file is there but damaged.
     """
     path = Path(folder) / TASK
-    return _read_json(path) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of an adapter folder.
+
+    Raises:
+        GraftError: No such folder or file, or no JSON object in it.
+    """
     if not path.parent.is_dir():
         raise GraftError(f"{path.parent} is not a folder; expected an adapter folder with {CONFIG}")
     try:

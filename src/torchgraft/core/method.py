@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from ..errors import GraftError, nearest
+from .plugins import load_plugins
 
 if TYPE_CHECKING:
     from .anatomy import Anatomy
@@ -191,8 +192,9 @@ def method(spec: str | Method | Iterable[str | Method]) -> Method:
 
 
 def _fill() -> None:
-    """Let the methods register themselves; core names none of them."""
+    """Let the methods register themselves, ours and those of other packages; core names none of them."""
     importlib.import_module(f"{__name__.partition('.')[0]}.methods")
+    load_plugins()
 
 
 def _parse(text: str, whole: str) -> Method:

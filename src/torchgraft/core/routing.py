@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import GraftError, nearest
 from ..swap import original_class, swap, unswap
-from .adapter import activate, active, adapters
+from .adapter import activate, active, adapters, registry_of
 from .graft import Args, GraftPoint, Kwargs, existing_point, first_output, first_tensor, replace_output
 
 
@@ -30,9 +30,11 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
             (windows, frames) must keep the rows' order, as all known ones do.
 
     Raises:
-        GraftError: An unknown name, or no names.
+        GraftError: An unknown name, no names, or an adapter is merged.
     """
     known = adapters(model)
+    if known and (merged := registry_of(model).merged) is not None:
+        raise GraftError(f"route: adapter {merged.name!r} is merged into the weights of every row; unmerge first")
     if not names:
         raise GraftError("route: no names given; expected one adapter name per row of the batch")
     for name in names:
@@ -120,6 +122,8 @@ class Router:
         rows = {name: self._rows(indices, size) for name, indices in self.groups.items()}
         if all(self._adds_only(point, name) for name in self.groups):
             return self._shared(point, forward, args, kwargs, rows)
+        if kwargs.get("past_key_values") is not None:
+            raise _CannotSplitError(f"route: {original_class(module).__name__} fills a cache with all rows at once")
         parts = []
         for name, index in rows.items():
             with self._only(name):
@@ -129,7 +133,7 @@ class Router:
     def run_whole(self, forward: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
         """The whole model once per adapter, for models whose inner modules cannot be split."""
         size = first_tensor(args, kwargs).shape[0]
-        if size != len(self.names):
+        if size % len(self.names):
             raise GraftError(f"route: the batch has {size} rows and {len(self.names)} names; give one name per row")
         parts = []
         for name, index in {n: self._rows(i, size) for n, i in self.groups.items()}.items():
@@ -180,13 +184,15 @@ class Router:
             return type(parts[0])(self._join([p[i] for p in parts], size) for i in range(len(parts[0])))
         if not isinstance(parts[0], Tensor):
             return parts[0]
-        if len({p.shape[1:] for p in parts}) > 1:
-            flat = [row for part in parts for row in part]
-            return [flat[i] for i in self.inverse]
+        if sum(len(p) for p in parts) != size:
+            return parts[0]  # one for all rows: the position bias that T5's first layer hands on
         fold = size // len(self.names)
         order = torch.tensor(self.inverse, device=parts[0].device)
         if fold > 1:
             order = (order[:, None] * fold + torch.arange(fold, device=order.device)).flatten()
+        if len({p.shape[1:] for p in parts}) > 1:
+            flat = [row for part in parts for row in part]
+            return [flat[i] for i in order.tolist()]
         return torch.cat(parts).index_select(0, order)
 
     def _rows(self, indices: list[int], size: int) -> Tensor:

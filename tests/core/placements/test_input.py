@@ -35,3 +35,8 @@ def test_it_acts_whichever_way_the_model_is_entered() -> None:
         assert_close(model.forward_features(x), wanted)
         for found, level in zip(model.forward_intermediates(x, intermediates_only=True), levels, strict=True):
             assert_close(found, level)
+
+
+def test_rows_of_several_adapters_share_a_batch_unless_the_image_gets_another_size() -> None:
+    assert Input(nn.Identity(), "0").splits
+    assert not Input(nn.ZeroPad2d(1), "0", resizes=True).splits

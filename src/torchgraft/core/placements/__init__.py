@@ -9,6 +9,7 @@ from .replace import Replace
 from .tokens import Tokens
 from .train import BatchStats, Train
 from .weight import WeightDelta
+from .window_tokens import WindowPath, WindowTokens
 
 PLACEMENTS: dict[str, type[Placement]] = {
     c.kind: c
@@ -19,6 +20,7 @@ PLACEMENTS: dict[str, type[Placement]] = {
         Affine,
         WeightDelta,
         Tokens,
+        WindowTokens,
         KeyValue,
         Input,
         Train,
@@ -47,5 +49,7 @@ __all__ = [
     "Tokens",
     "Train",
     "WeightDelta",
+    "WindowPath",
+    "WindowTokens",
     "affine_for",
 ]

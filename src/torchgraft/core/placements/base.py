@@ -56,6 +56,8 @@ class Placement(nn.Module):
     kind: ClassVar[str] = ""
     functional: ClassVar[bool] = False
     """True when it acts through reading a weight, so that the module itself need not be called."""
+    splits: bool = True
+    """False when it changes the size of rows between modules, so that only whole models can be split by rows."""
 
     def __init__(self, home: str, slot: str | None = None) -> None:
         super().__init__()

@@ -193,12 +193,58 @@ class Sequential(Placement):
 
 
 class Stream(Sequential):
-    """A transform of the residual stream: at a block's input, between its branches, or between stages.
+    """``h + form(h)`` on the residual stream: at a block's input, between its branches, or between stages.
 
-    The same rule as :class:`Sequential`; the difference is the place. At ``block.mid`` the action sits on
-    the input of the second branch's norm *and* must reach the skip connection, so it acts where the stream
-    is one tensor: methods name the output of the first branch's residual sum where a module offers it, and
-    the block's input otherwise.
+    Where the stream is one tensor (the input of a block or a stage) this is :class:`Sequential`. Between the
+    branches of a block (``block.mid``) the block's own code has the tensor, once as the input of the second
+    branch's norm and once as its skip connection. There the change goes to the norm's input and, carried by a
+    tap, to what the branch adds to the skip connection, which is the same sum.
+
+    Args:
+        form: Module that keeps the shape of what it is given.
+        at: Where the stream is read and changed.
+        carry: Where the same change is added again, for the skip connection; a branch's ``adds``.
+        layout: How the tensor holds its channels; the form sees (N, C, *space).
     """
 
     kind: ClassVar[str] = "stream"
+
+    def __init__(
+        self,
+        form: nn.Module,
+        at: Point,
+        *,
+        carry: Point | None = None,
+        layout: Layout = MAP,
+        slot: str | None = None,
+    ) -> None:
+        super().__init__(form, at, layout=layout, slot=slot)
+        self.carry = carry
+        self.tap = None if carry is None else Tap()
+
+    def hooks(self) -> list[Hook]:
+        """One action where the stream is read and, with ``carry``, one where the change is added again."""
+        if self.carry is None:
+            return super().hooks()
+        receiver = Hook(self.carry.path, "before" if self.carry.side == "input" else "after", _Receiver(self))
+        return [*super().hooks(), receiver]
+
+    def transform(self, h: Tensor) -> Tensor:
+        """The new value of the tensor ``h``; its change is kept for the skip connection."""
+        change = self.layout.from_map(self.form(self.layout.to_map(h)))
+        if self.tap is not None:
+            self.tap.put(change)
+        return h + change
+
+
+class _Receiver:
+    """The half of a carried :class:`Stream` that adds the change for the skip connection."""
+
+    def __init__(self, placement: Stream) -> None:
+        self.placement = placement
+
+    def before(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        return replace_first(args, kwargs, first_tensor(args, kwargs) + self.placement.tap.take())  # type: ignore[union-attr]
+
+    def after(self, args: Args, kwargs: Kwargs, out: Any) -> Any:
+        return replace_output(out, first_output(out) + self.placement.tap.take())  # type: ignore[union-attr]

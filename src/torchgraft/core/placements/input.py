@@ -19,9 +19,14 @@ class Input(Sequential):
     Args:
         form: Module that maps the image to one of the shape the stem accepts.
         stem: Path of the first layer.
+        resizes: The image has another size behind it.
+
+    Attributes:
+        splits: Whether images with and without it are of one size, so that rows of several adapters can share a batch.
     """
 
     kind: ClassVar[str] = "input"
 
-    def __init__(self, form: nn.Module, stem: str, *, slot: str | None = None) -> None:
+    def __init__(self, form: nn.Module, stem: str, *, resizes: bool = False, slot: str | None = None) -> None:
         super().__init__(form, Point(stem, "input"), skip=False, slot=slot)
+        self.splits = not resizes

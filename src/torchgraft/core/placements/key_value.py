@@ -1,121 +1,107 @@
-"""KeyValue: extra keys and values inside attention."""
+"""KeyValue: learned keys and values inside attention."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from timm.layers import Attention
 from torch import Tensor, nn
 
 from ...errors import GraftError
 from ...swap import original_class
-from ..graft import Args, Kwargs, first_output, replace_output
+from ..attend import Attend
+from ..attention import FusedPath, why_no_core, with_core
+from ..graft import Args, Kwargs
 from .base import Hook, Placement, Support
+
+Compose = Literal["joint", "apart", "relu"]
 
 
 class KeyValue(Placement):
-    """``softmax(q [P_k; K]^T) [P_v; V]``: every query also attends to l learned keys and values.
+    """l learned keys P_k and values P_v beside those of an attention module, for every head.
 
-    Two kinds of attention are served. Modules with separate key and value layers gain the extra rows at
-    those layers' outputs and run their own core. timm's ``Attention`` (that of its vision transformers), whose
-    ``qkv`` is one layer, runs the core that is written here. Other attentions with a fused ``qkv`` add position
-    biases, rotate or shuffle, which that core would leave out; they are refused.
+        joint   softmax(s q [P_k; K]^T + [0, mask]) [P_v; V]                 one softmax (prefix tuning)
+        apart   softmax(s q K^T + mask) V + softmax(s q P_k^T) P_v           two softmaxes, added
+        relu    softmax(s q K^T + mask) V + relu(s q P_k^T) P_v              a bottleneck per head
+
+    The module runs its own forward; only its step from queries, keys and values to the heads is exchanged
+    (:mod:`torchgraft.core.attention`). So norms of queries and keys, rotary positions, relative position biases,
+    windows and caches stay what they are: the learned keys get no norm, no rotation and no bias, and every query
+    sees them, under causal and padding masks too. All windows of a windowed attention share them.
 
     Args:
-        form: Module whose forward takes nothing and returns (keys, values), each (l, d) with d the width
-            of the attention (all heads).
+        form: Module whose forward takes nothing and returns (P_k, P_v), of shapes (l, heads * e) with e the width of
+            a key (a value) in one head.
         home: Path of the attention module.
-        key: Path of the separate key layer, or None for a fused one.
-        value: Path of the separate value layer, or None for a fused one.
+        host: The attention module itself.
+        compose: How they are joined with the module's own.
 
     Raises:
-        GraftError: Only one of ``key`` and ``value`` is given.
+        GraftError: When run, if a width is not that of the module's keys and values.
     """
 
     kind: ClassVar[str] = "key_value"
 
     def __init__(
-        self,
-        form: nn.Module,
-        home: str,
-        *,
-        key: str | None = None,
-        value: str | None = None,
-        slot: str | None = None,
+        self, form: nn.Module, home: str, host: nn.Module, *, compose: Compose = "joint", slot: str | None = None
     ) -> None:
         super().__init__(home, slot)
-        if (key is None) != (value is None):
-            raise GraftError(f"key_value at {home!r}: key={key!r}, value={value!r}; expected both layers or neither")
-        self.form, self.key, self.value = form, key, value
+        self.form, self.compose = form, compose
+        # In a tuple: the module holds this placement, and must not become its child in turn.
+        self.host = (host,)
+        self.attention = original_class(host)
+        self._run = self._runner()
 
     def hooks(self) -> list[Hook]:
-        """After the key and value layers, or around a fused attention."""
-        if self.key is not None and self.value is not None:
-            return [Hook(self.key, "after", _Rows(self, 0)), Hook(self.value, "after", _Rows(self, 1))]
+        """In the place of the attention module's forward."""
         return [Hook(self.home, "around", self)]
 
-    def around(self, forward: Callable[..., Any], args: Args, kwargs: Kwargs) -> Tensor:
-        """The attention core over the longer key and value sequences."""
-        module: Any = forward.__self__  # type: ignore[attr-defined]
-        given = dict(zip(("x", "attn_mask", "is_causal"), args, strict=False)) | kwargs
-        x, mask = given["x"], given.get("attn_mask")
-        b, n, _ = x.shape
-        if given.get("is_causal", False):
-            mask = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
-        qkv = module.qkv(x).reshape(b, n, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        q, k = _optional(module, "q_norm")(q), _optional(module, "k_norm")(k)
-        extra_k, extra_v = (
-            t.to(own.dtype).view(-1, module.num_heads, q.shape[-1]).transpose(0, 1).expand(b, -1, -1, -1)
-            for t, own in zip(self.form(), (k, v), strict=True)
-        )
-        k, v = torch.cat([extra_k, k], dim=2), torch.cat([extra_v, v], dim=2)
-        if isinstance(mask, Tensor):
-            mask = mask.expand(*mask.shape[:-1], n)
-            mask = F.pad(mask, (extra_k.shape[2], 0), value=True if mask.dtype == torch.bool else 0.0)
-        drop = _optional(module, "attn_drop")
-        rate = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate, scale=module.scale)
-        y = _optional(module, "norm")(y.transpose(1, 2).reshape(b, n, -1))
-        if getattr(module, "gate", None) is not None:
-            y = y * module.gate(x).sigmoid()
-        return _optional(module, "proj_drop")(module.proj(y))
+    def around(self, forward: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+        """The module's own forward with :meth:`core` inside."""
+        module: Any = self.host[0]
+        return self._run(FusedPath(module) if getattr(module, "fused_attn", True) is False else module, *args, **kwargs)
+
+    def core(self, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
+        """The heads' outputs for queries (..., H, N, e), keys and values (..., H, S, e)."""
+        keys, values = self.form()
+        keys, values = self._rows(keys, k, attend.heads), self._rows(values, v, attend.heads)
+        extra = keys.shape[-2]
+        if self.compose == "joint":
+            return attend(q, torch.cat([keys, k], dim=-2), torch.cat([values, v], dim=-2), extra)
+        own = attend(q, k, v)
+        if self.compose == "apart":
+            return own + attend(q, keys, values, extra)
+        return own + ((q * attend.scale) @ keys.transpose(-2, -1)).relu() @ values
 
     @classmethod
     def supports(cls, module: nn.Module) -> Support:
-        """The plain ``Attention`` of timm; other fused ones would lose what they add to it."""
-        found = original_class(module)
-        if found is Attention:
-            return Support(True, False, "extra keys and values are no change of a weight")
-        if getattr(module, "qkv", None) is not None:
-            reason = f"{found.__name__} is not timm's plain Attention and may add biases, positions or windows"
-            return Support(False, False, f"{reason}, which would be left out")
-        return Support(False, False, f"{found.__name__} has no fused qkv; name its key and value layers")
+        """Every attention module whose inner step can be exchanged."""
+        reason = why_no_core(module)
+        return Support(reason is None, False, reason or "extra keys and values are no change of a weight")
 
-    def supports_here(self, module: nn.Module) -> Support:
-        """As :meth:`supports`; with named key and value layers every attention that is not causal."""
-        if self.key is None:
-            return type(self).supports(module)
-        if getattr(module, "is_causal", False) is True:
-            return Support(False, False, f"{original_class(module).__name__} is causal and would shift its mask")
-        return Support(True, False, "extra keys and values are no change of a weight")
+    def _rows(self, rows: Tensor, like: Tensor, axis: int) -> Tensor:
+        """(l, heads * e) -> the shape of ``like`` with l in the place of its length."""
+        width, folded = like.shape[-1], like.dim() == 3  # (B heads, S, e) in SAM
+        heads = rows.shape[1] // width if folded else like.shape[axis]
+        if rows.shape[1] != heads * width or (folded and like.shape[0] % heads):
+            raise GraftError(
+                f"key_value at {self.home!r}: rows of {rows.shape[1]} are given; expected {heads} heads of {width}"
+            )
+        rows = rows.to(like.dtype).view(-1, heads, width).transpose(0, 1)
+        if folded:
+            return rows.repeat(like.shape[0] // heads, 1, 1)
+        if axis != -3:  # windows stand between the heads and the tokens
+            rows = rows.unsqueeze(1)
+        return rows.expand(*like.shape[:-2], -1, -1)
 
+    def _runner(self) -> Callable[..., Any]:
+        return with_core(self.attention, self.core)
 
-class _Rows:
-    """Puts the learned keys (or values) in front of what the key (or value) layer returned."""
+    def __getstate__(self) -> dict[str, Any]:
+        # The function is bound to this very placement: copies make their own.
+        return {name: value for name, value in self.__dict__.items() if name != "_run"}
 
-    def __init__(self, placement: KeyValue, which: int) -> None:
-        self.placement, self.which = placement, which
-
-    def after(self, args: Args, kwargs: Kwargs, out: Any) -> Any:
-        y = first_output(out)
-        rows = self.placement.form()[self.which].to(y.dtype).expand(y.shape[0], -1, -1)
-        return replace_output(out, torch.cat([rows, y], dim=1))
-
-
-def _optional(module: nn.Module, name: str) -> nn.Module:
-    found = getattr(module, name, None)
-    return found if isinstance(found, nn.Module) else nn.Identity()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._run = self._runner()
