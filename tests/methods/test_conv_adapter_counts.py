@@ -104,3 +104,20 @@ def test_the_official_preset_trains_the_published_total_for_100_classes(name: st
 def test_a_reduction_that_does_not_divide_the_channels_takes_the_largest_divisor_below() -> None:
     # RegNetY-016 has groups of 24: falling back to fewer groups would quadruple this (1,216,835).
     assert count("regnety_016", tg.ConvAdapter(reduction=16)) == 282_089
+
+
+@pytest.mark.parametrize(
+    ("name", "bottlenecks", "norms"), [("efficientnet_lite0", 158_760, 42_016), ("mobilenetv3_large_100", None, 24_400)]
+)
+def test_by_default_inverted_residuals_have_reduction_2_and_train_their_norms(
+    name: str, bottlenecks: int | None, norms: int
+) -> None:
+    alone = count(name, tg.ConvAdapter(reduction=2))
+    assert bottlenecks in (None, alone)
+    assert count(name, tg.ConvAdapter()) == alone + norms
+    assert count(name, tg.ConvAdapter(norms=False)) == alone
+    assert count(name, tg.ConvAdapter(scheme="residual-parallel")) == count(name, tg.ConvAdapter(reduction=4))
+
+
+def test_other_backbones_have_reduction_4_and_train_no_norms() -> None:
+    assert count("resnet50", tg.ConvAdapter()) == count("resnet50", tg.ConvAdapter(reduction=4, norms=False)) == 356_848

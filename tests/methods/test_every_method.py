@@ -9,18 +9,13 @@ import torch
 
 import torchgraft as tg
 
+from .. import traits
 from .networks import TINY, images, tiny, train_step
 
 COMBINATIONS = [(method, backbone) for method in tg.methods() for backbone in TINY]
-VARIANTS = {
-    "bitfit": ["bitfit[create=true, tables=true]"],
-    "conv-adapter": ["conv-adapter[preset=official]", "conv-adapter[scheme=residual-sequential]"],
-    "linear": ["linear[norm=true]"],
-    "partial": ["partial[k=2]"],
-    "repnet": ["repnet[twice=true, standardise=true]"],
-}
+VARIANTS: dict[str, list[str]] = traits.of("variants")
 """Options under which the promises are checked too."""
-SMALL = {"pad-prompt": "pad-prompt[prompt_size=4]"}
+SMALL: dict[str, str] = traits.of("spec")
 """Methods whose defaults do not fit an image of the tests' size."""
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import torchgraft as tg
 from torchgraft.core.placements import Placement
-from torchgraft.methods.repnet import ProgramModule, StandardisedConv2d
+from torchgraft.methods.forms.program_module import ProgramModule, StandardisedConv2d
 
 from .networks import anatomy, images, tiny
 

@@ -10,46 +10,16 @@ from torch import Tensor, nn
 
 import torchgraft as tg
 
+from .. import traits
 from .families import CLASSES, FAMILIES, logits, network
 
-SPECS = {"pad-prompt": "pad-prompt[prompt_size=4]"}
+SPECS: dict[str, str] = traits.of("spec")
 """Methods whose defaults do not fit the small images of these tests."""
 
-MOVED_START = {"pad-prompt": "a frame of N(0, 1), as published"}
+MOVED_START: dict[str, str] = traits.of("moved_start")
 """Methods that do not start as the pretrained network, and the documented start they have instead."""
 
-_NO_MAPS = "does not work on (N, C, H, W) maps"
-_NO_IMAGE = "reads no image"
-_NOT_SEEN = "to read an image"
-
-REFUSED: dict[str, dict[str, str]] = {
-    "bitfit": {"hf_t5": "no bias is selected"},
-    "conv-adapter": {"hf_bert": _NO_IMAGE, "hf_t5": _NO_IMAGE},
-    "linear": {"hf_t5": "adds nothing to this model"},
-    "norm-tuning": {"nfnet": "no BatchNorm, LayerNorm or GroupNorm"},
-    "pad-prompt": {"hf_bert": _NOT_SEEN, "hf_t5": _NOT_SEEN},
-    "partial": {"vgg": "is no series of blocks"},
-    "repnet": {
-        "vgg": "has 0 stages",
-        "torchvision_mobilenet_v3": "has 1 stages",
-        "densenet": _NO_MAPS,
-        "mambaout": _NO_MAPS,
-        "vit": _NO_MAPS,
-        "deit_distilled": _NO_MAPS,
-        "vit_registers": _NO_MAPS,
-        "swin": _NO_MAPS,
-        "beit": _NO_MAPS,
-        "eva02": _NO_MAPS,
-        "mixer": _NO_MAPS,
-        "torchvision_vit": _NO_MAPS,
-        "torchvision_swin": _NO_MAPS,
-        "hf_vit": _NO_MAPS,
-        "hf_dinov2": _NO_MAPS,
-        "hf_swin": _NO_MAPS,
-        "hf_bert": _NOT_SEEN,
-        "hf_t5": _NOT_SEEN,
-    },
-}
+REFUSED: dict[str, dict[str, str]] = traits.of("refused")
 """Method -> family -> what the refusal says. A refusal that is not listed is a failure."""
 
 CORE = (
@@ -68,14 +38,20 @@ CORE = (
     "hf_swin",
     "hf_t5",
 )
-"""Families that every run of the suite covers with every method; between them they have every kind of layer."""
+"""Families that every run covers with the methods of DEEP; between them they have every kind of layer."""
+
+COMMON = ("test_resnet", "convnext", "tf_efficientnetv2", "vit", "swin", "hf_bert")
+"""Families that every run covers with every method."""
 
 EVERYWHERE = ("conv-adapter", "full")
 """Methods that every run covers on every family: one of branches, one of copies."""
 
+DEEP = ("lora", "ssf", "bitfit", "repnet")
+"""Methods that every run covers on CORE: changed weights, affines, copies, taps. The rest is marked slow."""
+
 
 def _cell(method: str, family: str) -> Any:
-    often = family in CORE or method in EVERYWHERE
+    often = family in COMMON or (family in CORE and method in DEEP) or method in EVERYWHERE
     return pytest.param((method, family), id=f"{method}-{family}", marks=() if often else pytest.mark.slow)
 
 

@@ -148,6 +148,7 @@ def test_gradient_checkpointing_keeps_the_gradients_and_counts_a_batch_once(cell
         _checkpointing(cell.model, on)
         cell.adapter.load_state_dict(before)
         cell.model.train()
+        torch.manual_seed(0)  # a method's own dropout
         grads, count = _counted(cell)
         cell.model.eval()
         runs.append((grads, count, {n: t.clone() for n, t in cell.adapter.state_dict().items()}))
@@ -185,10 +186,13 @@ def test_merging_changes_no_output_and_is_undone_to_the_bit(cell: Cell) -> None:
     merged = run(cell.model, cell.batch)
     assert_close(merged, apart)
     assert all(site.merged or site.reason for site in report.sites)
-    if report.complete:
+    if report.complete and not report.plain:  # a plain layer would standardise the folded weight once more
         plain = {k: v for k, v in cell.model.state_dict().items() if "torchgraft" not in k.split(".")}
         twin = network(cell.family)
-        assert [k for k in plain if k not in twin.state_dict()] == []
+        assert {k for k in plain if k not in twin.state_dict()} == set(report.created)
+        for key in report.created:  # a bias where the backbone has none
+            path, _, leaf = key.rpartition(".")
+            twin.get_submodule(path).register_parameter(leaf, nn.Parameter(torch.zeros_like(plain[key])))
         twin.load_state_dict(plain)
         # A plain model that ties two weights cannot hold two that differ (an adapted output layer of T5).
         untied = any(not torch.equal(t, plain[k]) for k, t in twin.state_dict().items())

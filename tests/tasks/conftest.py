@@ -6,29 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from torchgraft.tasks import RunResult, TrainConfig, train
-
-CLASSES = ("blue", "green", "red")
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Class folders of noisy 40 x 40 images in three tints: 16 train, 8 val and 8 test images a class."""
-    root = tmp_path_factory.mktemp("pictures")
-    random = np.random.default_rng(0)
-    for part, size in (("train", 16), ("val", 8), ("test", 8)):
-        for channel, name in zip((2, 1, 0), CLASSES, strict=True):
-            folder = root / part / name
-            folder.mkdir(parents=True)
-            for number in range(size):
-                pixels = random.integers(0, 120, (40, 40, 3))
-                pixels[..., channel] += int(random.integers(30, 100))
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
-    return root
 
 
 @pytest.fixture(scope="session")

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.anatomy import Anatomy
-from ..core.blocks import inner_modules
 from ..core.method import Method, register
 from ..core.placements import Input, Placement
 from ..errors import GraftError
+from .forms.image import check_size, image_reader
 
 
 class PadFrame(nn.Module):
@@ -48,12 +48,7 @@ class PadFrame(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Add the frame to (N, C, H, W)."""
-        if image.shape[-2:] != (self.height, self.width):
-            h, w = image.shape[-2:]
-            raise GraftError(
-                f"pad-prompt: the frame was made for images of {self.height} x {self.width} pixels and got {h} x {w}; "
-                "resize the images, or attach with image_size= their size"
-            )
+        check_size("pad-prompt", image, self.height, self.width)
         _, channels, rows, size = self.left.shape
         inside = self.left.new_zeros(1, channels, rows, self.width - 2 * size)
         middle = torch.cat([self.left, inside, self.right], dim=3)
@@ -81,14 +76,7 @@ class PadPrompt(Method):
 
     def placements(self, anatomy: Anatomy) -> list[Placement]:
         """One frame, in front of the layer that reads the image."""
-        shape = anatomy.trace.input if anatomy.trace else None
-        reader = _reader(anatomy, shape)
-        if shape is None or len(shape) != 4 or reader is None:
-            raise GraftError(
-                f"pad-prompt: no layer of {type(anatomy.model).__name__} was seen to read an image (N, C, H, W) in "
-                f"the dry run (the model's input: {shape}); give `example=` if one does, else use another method"
-            )
-        _, channels, height, width = shape
+        reader, (_, channels, height, width) = image_reader(anatomy, self.name)
         if self.image_size is not None:
             height = width = self.image_size
         if 2 * self.prompt_size >= min(height, width):
@@ -97,12 +85,3 @@ class PadPrompt(Method):
                 f"use at most {(min(height, width) - 1) // 2}"
             )
         return [Input(PadFrame(self.prompt_size, channels, height, width), reader)]
-
-
-def _reader(anatomy: Anatomy, shape: tuple[int, ...] | None) -> str | None:
-    """The first layer that is called with the image: the stem, or a rearrangement of pixels before it."""
-    if anatomy.trace is None:
-        return None
-    calls = anatomy.trace.calls
-    leaves = [p for p in calls if p and next(inner_modules(anatomy.module(p)), None) is None]
-    return next((p for p in sorted(leaves, key=lambda p: calls[p].order) if calls[p].input == shape), None)
