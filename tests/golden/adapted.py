@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 import torchgraft as tg
-from torchgraft.core.placements import BatchStats, Train
+from torchgraft.core.head import HEAD_SLOT
+from torchgraft.core.placements import Placement
+from torchgraft.official.assembly import BACKBONE, Assembly, OfficialError
+from torchgraft.official.base import System, is_derived
 
-from .case import GoldenCase, StateError, Tensors
-from .names import Home, Names, is_ignorable
+from .case import GoldenCase, Merged, StateError, Tensors
 
 
 class AdaptedNetwork(GoldenCase):
@@ -21,68 +24,60 @@ class AdaptedNetwork(GoldenCase):
 
     Args:
         backbone: A plain network without a classifier.
-        method: What is attached to it.
+        system: Where official keys live.
         num_classes: Outputs of the adapter's head.
         mode: ``train`` gives the official behaviour, in which every BatchNorm follows the batch.
-        names: Where official keys live.
-        is_adapter: Whether an attached form is one that the official code calls a tuning module.
+        method: What is attached to it.
+        counts: Which placements the reference counts as the adapter's; default: all but head, copies and statistics.
+        blocks: Name of an output -> path of the module that returns it.
     """
 
     def __init__(
         self,
         backbone: nn.Module,
-        method: tg.Method,
+        system: System,
         *,
-        num_classes: int,
+        num_classes: int | None,
         mode: str,
-        names: Names,
-        is_adapter: Callable[[nn.Module], bool],
+        method: tg.Method,
+        counts: Callable[[Placement], bool] | None = None,
+        blocks: Mapping[str, str] | None = None,
     ) -> None:
-        self._names = names
+        self._system, self._blocks = system, dict(blocks or {})
         self._backbone = dict(backbone.state_dict(keep_vars=True))
         self._model = backbone.eval()
         policy = "train" if mode == "train" else "frozen"
-        adapter = tg.attach(backbone, method, num_classes=num_classes, batchnorm=policy, lean=False)
-        assert adapter.head is not None
-        self._head = adapter.head
-        self._owned: Tensors = {}  # our name -> tensor
-        self._copies: dict[str, str] = {}  # key of a backbone tensor -> our name of the adapter's copy
-        self._adapters: dict[str, str] = {}  # prefix of our names -> path of the module it acts at
-        self._norms: list[str] = []  # prefixes of extra norms
-        for prefix, placement in adapter.placements:
-            owned = {f"{prefix}.{name}": (name, tensor) for name, tensor in placement.owned().items()}
-            self._owned |= {name: tensor for name, (_, tensor) in owned.items()}
-            if isinstance(placement, (Train, BatchStats)):
-                self._copies |= {_join(placement.home, inner): name for name, (inner, _) in owned.items()}
-            elif is_adapter(placement.form):
-                self._adapters[prefix] = placement.home
-            elif placement.slot == "norm":
-                self._norms.append(prefix)
+        self._adapter = tg.attach(backbone, method, num_classes=num_classes, batchnorm=policy, lean=False)
+        self._assembly = Assembly(system, self._adapter, self._backbone)
+        counted = counts or (lambda p: p.kind not in ("train", "stats") and p.slot != HEAD_SLOT)
+        adds = [placement for _, placement in self._adapter.placements if counted(placement)]
+        ours = {id(t): name for name, t in self._assembly.tensors().items()}
+        self._adds = {ours[id(t)] for p in adds for t in p.owned().values() if id(t) in ours}
 
     def name_of(self, key: str) -> str | None:
-        if is_ignorable(key) or self.is_dead(key):
-            return None
-        home = self._names.home(key)
-        find = {
-            "backbone": self._in_backbone,
-            "adapter": self._in_adapter,
-            "norm": self._in_extra_norm,
-            "head": self._in_head,
-        }
-        return find[home.owner](key, home)
+        try:
+            found = self._assembly.names(key)
+        except OfficialError as error:
+            raise StateError(str(error)) from error
+        return None if found is None else found[0]
 
     def is_dead(self, key: str) -> bool:
-        return self._names.is_dead(key)
+        return self._system.is_dead(key)
+
+    def convert(self, tensors: Mapping[str, Tensor]) -> Tensors:
+        try:
+            return self._assembly.convert(tensors)
+        except OfficialError as error:
+            raise StateError(str(error)) from error
 
     def state(self) -> Tensors:
-        backbone = {f"backbone.{k}": t for k, t in self._backbone.items() if k not in self._copies}
-        return {name: t for name, t in (backbone | self._owned).items() if not is_ignorable(name)}
+        return self._assembly.tensors()
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {n: t for n, t in self.state().items() if isinstance(t, nn.Parameter)}
 
     def adapter_parameters(self) -> set[str]:
-        return {name for name in self._owned if name.startswith(tuple(f"{p}." for p in self._adapters))}
+        return self._adds
 
     def frozen(self) -> Tensors:
         return self._backbone
@@ -91,41 +86,60 @@ class AdaptedNetwork(GoldenCase):
         self._model.train(mode)
 
     def run(self, inputs: Tensors) -> Tensors:
-        features: list[Tensor] = []
-        handle = self._head.register_forward_pre_hook(lambda _, args: features.append(args[0]))
-        try:
-            logits = self._model(inputs["image"])
-        finally:
-            handle.remove()
-        assert len(features) == 1, "the head must run once"
-        return {"logits": logits, "features": features[0].flatten(1)}
+        outputs: Tensors = {}
+        head = self._adapter.head
+        with _watching(self._model, self._blocks, outputs), _features_of(head, outputs):
+            outputs["logits"] = self._forward(inputs)
+        return outputs
 
     def loss(self, outputs: Tensors) -> Tensor:
         return outputs["logits"].square().mean()
 
-    # -- the home of a key ------------------------------------------------------------------------------
+    def merged(self, inputs: Tensors) -> Merged:
+        before = {k: t.detach().clone() for k, t in self._model.state_dict().items()}
+        tg.merge(self._model, probe=next(iter(inputs.values())))
+        after = {k: t.detach().clone() for k, t in self._model.state_dict().items() if "torchgraft" not in k.split(".")}
+        outputs = self.run(inputs)
+        tg.unmerge(self._model)
+        deltas = {
+            k.removesuffix(".weight"): t - before[k]
+            for k, t in after.items()
+            if k.endswith(".weight") and not t.equal(before[k])
+        }
+        owned = {n: t.detach() for n, t in self.state().items() if not n.startswith(f"{BACKBONE}.")}
+        weights = {f"{BACKBONE}.{k}": t for k, t in after.items() if not is_derived(k)} | owned
+        return Merged(deltas, weights, outputs)
 
-    def _in_backbone(self, key: str, home: Home) -> str:
-        path = _join(home.path, home.name)
-        if path not in self._backbone:
-            raise StateError(f"official key {key!r} has no place: the backbone has no {path!r}")
-        return self._copies.get(path, f"backbone.{path}")
-
-    def _in_adapter(self, key: str, home: Home) -> str:
-        inside = [p for p, path in self._adapters.items() if f"{path}.".startswith(f"{home.path}.")]
-        return self._only(key, f"adapters at {home.path!r}", inside, home)
-
-    def _in_extra_norm(self, key: str, home: Home) -> str:
-        return self._only(key, "extra norms", self._norms, home)
-
-    def _in_head(self, key: str, home: Home) -> str:
-        return f"head.{home.name}"
-
-    def _only(self, key: str, what: str, prefixes: list[str], home: Home) -> str:
-        if len(prefixes) != 1:
-            raise StateError(f"official key {key!r} has {len(prefixes)} places: {what} are {prefixes}")
-        return f"{prefixes[0]}.{home.name}"
+    def _forward(self, inputs: Tensors) -> Tensor:
+        return self._model(inputs["image"])
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+@contextmanager
+def _watching(model: nn.Module, blocks: Mapping[str, str], outputs: Tensors) -> Iterator[None]:
+    """Keep what the named modules return."""
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda module, args, out: outputs.update({name: out})
+
+    handles = [model.get_submodule(path).register_forward_hook(keep(name)) for name, path in blocks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _features_of(head: nn.Module | None, outputs: Tensors) -> Iterator[None]:
+    """Keep what the head reads; it must run once."""
+    if head is None:
+        yield
+        return
+    seen: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        yield
+    finally:
+        handle.remove()
+    assert len(seen) == 1, "the head must run once"
+    outputs["features"] = seen[0].flatten(1)

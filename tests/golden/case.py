@@ -6,6 +6,7 @@ same map serves the state, the gradients and the state after the forward.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchgraft.official.assembly import OfficialError, same_layout
+
 Config = Mapping[str, Any]
 Tensors = dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """What merging gave.
+
+    Attributes:
+        deltas: Path of a linear layer -> the increment of its weight, (out, in).
+        weights: Our name -> the tensor that acts in the merged network, whether it was folded or stays.
+        outputs: What the merged network returned.
+    """
+
+    deltas: Tensors
+    weights: Tensors
+    outputs: Tensors
 
 
 class StateError(Exception):
@@ -60,6 +78,10 @@ class GoldenCase(ABC):
     def loss(self, outputs: Tensors) -> Tensor:
         """The scalar behind the reference's gradients."""
 
+    def merged(self, inputs: Tensors) -> Merged:
+        """Merge, run, and undo it; for systems whose cases hold ``extra/``."""
+        raise StateError("this system has no merged form to compare 'extra/' with")
+
     def is_dead(self, key: str) -> bool:
         """Whether the official module owns this tensor and never uses it."""
         return False
@@ -74,8 +96,15 @@ class GoldenCase(ABC):
                 continue
             if name not in ours:
                 raise StateError(f"official key {key!r} has no place: we have no tensor {name!r}")
-            converted[name] = _same_layout(key, tensor, ours[name])
+            converted[name] = self._fit(key, tensor, ours[name])
         return converted
+
+    @staticmethod
+    def _fit(key: str, tensor: Tensor, ours: Tensor) -> Tensor:
+        try:
+            return same_layout(key, tensor, ours)
+        except OfficialError as error:
+            raise StateError(str(error)) from error
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Load an official state dict; every official key is used and every tensor of ours is set.
@@ -99,10 +128,3 @@ class GoldenCase(ABC):
             "trainable_count": sum(p.numel() for p in parameters.values() if p.requires_grad),
             "adapter_count": sum(p.numel() for name, p in parameters.items() if name in adapter),
         }
-
-
-def _same_layout(key: str, tensor: Tensor, ours: Tensor) -> Tensor:
-    """Add or drop axes of length one (a scale per channel, a classifier kept as a 1x1 convolution)."""
-    if [n for n in tensor.shape if n != 1] != [n for n in ours.shape if n != 1]:
-        raise StateError(f"{key}: shape {tuple(tensor.shape)} does not fit ours, {tuple(ours.shape)}")
-    return tensor.reshape(ours.shape)

@@ -23,6 +23,10 @@ class Tolerance:
     grad_abs: float
     grad_rel: float
 
+    def times(self, factor: float) -> Tolerance:
+        """A wider one for values."""
+        return Tolerance(factor * self.abs, factor * self.rel, self.grad_abs, self.grad_rel)
+
 
 def difference(name: str, ours: Tensor, expected: Tensor, *, absolute: float, relative: float) -> str | None:
     """Say where ``ours`` differs from ``expected``, or return None where it does not."""

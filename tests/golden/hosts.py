@@ -16,7 +16,10 @@ from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import Bottleneck, ResNet, make_blocks
 from timm.models.resnetv2 import PreActBottleneck, ResNetStage, ResNetV2
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+
+from .files import CaseError
 
 Config = Mapping[str, Any]
 
@@ -90,6 +93,24 @@ def convnext(config: Config) -> ConvNeXt:
         dims=tuple(config["dims"]),
         ls_init_value=1e-6 if config["layer_scale"] else None,
         norm_eps=config["norm_eps"],
+        num_classes=0,
+    )
+
+
+def vit(config: Config) -> VisionTransformer:
+    """Vision transformer with exact GELU that reads out its class token; keys that a case leaves out are timm's."""
+    if config.get("act", "gelu") != "gelu" or config.get("pool", "token") != "token":
+        raise CaseError(f"vit: act {config['act']!r} and pool {config['pool']!r}; expected 'gelu' and 'token'")
+    return VisionTransformer(
+        img_size=config["img_size"],
+        patch_size=config["patch_size"],
+        embed_dim=config["embed_dim"],
+        depth=config["depth"],
+        num_heads=config["num_heads"],
+        mlp_ratio=config["mlp_ratio"],
+        qkv_bias=config["qkv_bias"],
+        init_values=1e-6 if config.get("layer_scale") else None,
+        norm_layer=partial(nn.LayerNorm, eps=config["norm_eps"]),
         num_classes=0,
     )
 

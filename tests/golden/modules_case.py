@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from torchgraft.official.base import is_derived
+
 from .case import GoldenCase, StateError, Tensors
-from .names import is_ignorable
 
 
 class ModulesCase(GoldenCase):
@@ -26,10 +27,10 @@ class ModulesCase(GoldenCase):
         module, _, inner = key.partition(".")
         if module not in self._modules:
             raise StateError(f"official key {key!r} belongs to no module of the case")
-        return None if is_ignorable(key) else f"{module}.{self._rename(inner)}"
+        return None if is_derived(key) else f"{module}.{self._rename(inner)}"
 
     def state(self) -> Tensors:
-        return {k: v for k, v in self._modules.state_dict(keep_vars=True).items() if not is_ignorable(k)}
+        return {k: v for k, v in self._modules.state_dict(keep_vars=True).items() if not is_derived(k)}
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self._modules.named_parameters())

@@ -71,7 +71,7 @@ def test_a_tensor_outside_the_schema_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"system": "krona"}, "no builder for system 'krona' yet"),
+        ({"system": "no_such_system"}, "no builder for system 'no_such_system' yet"),
         ({"config": {"form": "vit"}}, "baselines has no form 'vit'"),
         ({"config": {"form": "modules"}}, "the config lacks 'modules'"),
     ],

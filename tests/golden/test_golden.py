@@ -20,6 +20,9 @@ from .case import GoldenCase, StateError
 from .compare import count_differences, gradient_differences, value_differences
 from .files import CaseFiles, case_names, read_case
 
+MERGED = "_merged"
+"""Ending of the outputs that the plain network gives with merged weights."""
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case_name" not in metafunc.fixturenames:
@@ -44,7 +47,8 @@ def run_case(case_name: str, request: pytest.FixtureRequest) -> Callable[[], Run
 
 def test_outputs_equal_the_reference(run_case: Callable[[], Run]) -> None:
     run = run_case()
-    _report(value_differences(run.outputs, run.files.tensors["output"], run.files.tolerance))
+    expected = {n: t for n, t in run.files.tensors["output"].items() if not n.endswith(MERGED)}
+    _report(value_differences(run.outputs, expected, run.files.tolerance))
 
 
 def test_state_after_one_forward_equals_the_reference(run_case: Callable[[], Run]) -> None:
@@ -62,9 +66,25 @@ def test_gradients_equal_the_reference(run_case: Callable[[], Run]) -> None:
     _report(gradient_differences(run.gradients, expected, run.files.tolerance))
 
 
-def test_every_extra_tensor_of_the_case_is_compared(load_case: Callable[[], Loaded]) -> None:
+def test_merging_equals_the_reference_and_changes_no_output(load_case: Callable[[], Loaded]) -> None:
     loaded = load_case()
-    assert not loaded.files.tensors["extra"], "this system has no merged form to compare 'extra/' with"
+    extra, output = loaded.files.tensors["extra"], loaded.files.tensors["output"]
+    expected = {n: t for n, t in output.items() if n.endswith(MERGED)}
+    if not extra and not expected:
+        pytest.skip("the case has no merged form")
+    loaded.case.train(False)
+    with torch.no_grad():
+        merged = loaded.case.merged(loaded.inputs())
+    deltas = {n.removeprefix("delta/"): t for n, t in extra.items() if n.startswith("delta/")}
+    weights = {n.removeprefix("merged/"): t for n, t in extra.items() if n.startswith("merged/")}
+    assert len(deltas) + len(weights) == len(extra), f"unknown extra tensors: {sorted(extra)}"
+    _report(value_differences(merged.deltas, deltas, loaded.files.tolerance))
+    folded = loaded.case.convert(weights)
+    _report(value_differences({n: merged.weights[n] for n in folded}, folded, loaded.files.tolerance))
+    wanted = expected or {n: t for n, t in output.items() if n in merged.outputs}
+    assert wanted
+    ours = {n: merged.outputs[n.removesuffix(MERGED)] for n in wanted}
+    _report(value_differences(ours, wanted, loaded.files.tolerance.times(5)))
 
 
 def test_parameter_counts_equal_the_reference(load_case: Callable[[], Loaded]) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..case import Config, GoldenCase
 from ..files import CaseError, CaseFiles
-from . import baselines, conv_adapter
 
 Builder = Callable[[Config, str], GoldenCase]
 
 SYSTEMS: Mapping[str, Mapping[str, Builder]] = {
-    "baselines": baselines.FORMS,
-    "conv_adapter": conv_adapter.FORMS,
+    found.name: importlib.import_module(f"{__name__}.{found.name}").FORMS
+    for found in pkgutil.iter_modules(__path__)
+    if not found.name.startswith("_")
 }
+"""The forms of every system: one module per system, named like it; names with an underscore are parts of others."""
 
 
 def build(files: CaseFiles) -> GoldenCase:

@@ -11,10 +11,12 @@ from torch import nn
 from torchgraft import Combination, Method
 from torchgraft.core import Anatomy
 from torchgraft.core.placements import Placement, Point, Sequential
+from torchgraft.methods.forms.program_module import ProgramModule, StandardisedConv2d
 from torchgraft.methods.pad_prompt import PadFrame
-from torchgraft.methods.repnet import ProgramModule, RepNet, StandardisedConv2d
+from torchgraft.methods.repnet import RepNet
+from torchgraft.official.baselines import RepNetCode
 
-from .. import hosts, names
+from .. import hosts
 from ..adapted import AdaptedNetwork
 from ..case import Config, GoldenCase
 from ..files import CaseError
@@ -45,11 +47,11 @@ def repnet_resnet(config: Config, mode: str) -> GoldenCase:
     )
     return AdaptedNetwork(
         host,
-        Combination((sides, NormBeforePooling())),
+        RepNetCode(host),
         num_classes=config["num_classes"],
         mode=mode,
-        names=names.repnet(last_blocks=len(host.layer4)),
-        is_adapter=lambda form: isinstance(form, ProgramModule),
+        method=Combination((sides, NormBeforePooling())),
+        counts=lambda p: isinstance(getattr(p, "form", None), ProgramModule),
     )
 
 

@@ -13,8 +13,9 @@ from torchgraft.core import Anatomy
 from torchgraft.core.layers import ConvGeometry
 from torchgraft.core.placements import Parallel, Placement, Point
 from torchgraft.methods.forms import ConvBottleneck, LinearBottleneck
+from torchgraft.official.conv_adapter import ConvAdapterCode
 
-from .. import hosts, names
+from .. import hosts
 from ..adapted import AdaptedNetwork
 from ..case import Config, GoldenCase
 from ..clip_resnet import ClipResNet
@@ -38,7 +39,7 @@ def modules(config: Config, mode: str) -> GoldenCase:
 
 
 def resnet(config: Config, mode: str) -> GoldenCase:
-    return _network(hosts.resnet(config), official(config), config, mode, names.RESNET)
+    return _network(hosts.resnet(config), official(config), config, mode)
 
 
 def convnext(config: Config, mode: str) -> GoldenCase:
@@ -46,19 +47,19 @@ def convnext(config: Config, mode: str) -> GoldenCase:
         raise CaseError(f"convnext: kernel {config['kernel']!r}; expected 7, as in the blocks, or 'match'")
     # "match" follows both the blocks' convolutions and those between the stages.
     method = official({**config, "kernel": "match"})
-    return _network(hosts.convnext(config), method, config, mode, names.CONVNEXT)
+    return _network(hosts.convnext(config), method, config, mode)
 
 
 def swin(config: Config, mode: str) -> GoldenCase:
-    return _network(hosts.swin(config), official(config), config, mode, names.SWIN)
+    return _network(hosts.swin(config), official(config), config, mode)
 
 
 def bit(config: Config, mode: str) -> GoldenCase:
-    return _network(hosts.resnetv2(config), official(config), config, mode, names.BIT)
+    return _network(hosts.resnetv2(config), official(config), config, mode)
 
 
 def efficientnetv2(config: Config, mode: str) -> GoldenCase:
-    return _network(hosts.efficientnetv2(config), official(config), config, mode, names.EFFICIENTNET)
+    return _network(hosts.efficientnetv2(config), official(config), config, mode)
 
 
 def clip_resnet(config: Config, mode: str) -> GoldenCase:
@@ -67,7 +68,7 @@ def clip_resnet(config: Config, mode: str) -> GoldenCase:
     if config["attnpool_adapter"]:
         width = host.attnpool.c_proj.in_features
         method = WithAttentionPool(method, int(width / config["gamma"]), config["act"])
-    return _network(host, method, config, mode, names.CLIP_RESNET)
+    return _network(host, method, config, mode)
 
 
 FORMS = {
@@ -115,14 +116,14 @@ class WithAttentionPool(Method):
         return [*self.method.placements(anatomy), Parallel(form, source, target)]
 
 
-def _network(host: nn.Module, method: Method, config: Config, mode: str, official_names: names.Names) -> AdaptedNetwork:
+def _network(host: nn.Module, method: Method, config: Config, mode: str) -> AdaptedNetwork:
     return AdaptedNetwork(
         host,
-        method,
+        ConvAdapterCode(host),
         num_classes=config["num_classes"],
         mode=mode,
-        names=official_names,
-        is_adapter=lambda form: isinstance(form, (ConvBottleneck, LinearBottleneck)),
+        method=method,
+        counts=lambda p: isinstance(getattr(p, "form", None), (ConvBottleneck, LinearBottleneck)),
     )
 
 
