@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -89,6 +89,21 @@ def results_only(active: bool) -> Iterator[None]:
         return
     with contextlib.redirect_stdout(sys.stderr):
         yield
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[Callable[[str], None]]:
+    """While something takes seconds: a line that says what it is and, on a terminal, at which part.
+
+    Yields:
+        A function that takes the name of the part.
+    """
+    if not sys.stderr.isatty():
+        note(f"{what} ...")
+        yield lambda part: None
+        return
+    with Console(stderr=True, markup=False).status(what) as status:
+        yield lambda part: status.update(f"{what}: {part}")
 
 
 def _console() -> Console:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
-from .console import emit_json, next_command, note, results_only, table
+from .console import emit_json, next_command, note, results_only, say, table, working
 from .options import AsJson
 
 EXAMPLES = """\
@@ -54,6 +53,7 @@ def run(
     shown = [_SHOWN[kind](row) for row in rows]
     table(list(shown[0]), [list(row.values()) for row in shown])
     if kind is Kind.methods:
+        _say_where_methods_do_not_apply(rows)
         next_command("What one would add to a backbone:", "torchgraft plan BACKBONE --method NAME")
     elif kind is Kind.samples:
         next_command("Train on one of them:", "torchgraft train sample:NAME")
@@ -63,15 +63,38 @@ def run(
 
 def _methods(pattern: str | None) -> list[dict[str, Any]]:
     import torchgraft as tg
+    from torchgraft.bench.survey import survey
 
+    methods = {name: m for name, m in sorted(tg.methods().items()) if pattern is None or pattern in name}
+    with working("building every method on four backbones") as tick:
+        facts = survey(methods, say=tick)
     rows = []
-    for name, method in sorted(tg.methods().items()):
-        if pattern is None or pattern in name:
-            fields = dataclasses.fields(method)  # type: ignore[arg-type]
-            # The file of a method begins with what the method is; its config class with what the fields are.
-            summary = " ".join((sys.modules[method.__module__].__doc__ or "").split("\n\n")[0].split())
-            rows.append({"name": name, "summary": summary, "options": {f.name: _default(f) for f in fields}})
+    for (name, method), found in zip(methods.items(), facts, strict=True):
+        fields = dataclasses.fields(method)  # type: ignore[arg-type]
+        options = {f.name: _default(f) for f in fields}
+        rows.append({**dataclasses.asdict(found), "name": name, "options": options})
     return rows
+
+
+def _say_where_methods_do_not_apply(rows: list[dict[str, Any]]) -> None:
+    missing = [(r["name"], b, n) for r in rows for b, n in r["parameters"].items() if isinstance(n, str)]
+    if missing:
+        say()
+        say("Trainable parameters without a head; where a dash stands the method does not apply:")
+        table(["name", "backbone", "why"], missing)
+
+
+def _method_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A method as a row of the table; why it does not apply somewhere stands in the JSON document."""
+    sizes = {b: f"{n:,}" if isinstance(n, int) else "-" for b, n in row["parameters"].items()}
+    return {
+        "name": row["name"],
+        "paper": row["paper"],
+        "placements": ", ".join(row["placements"]),
+        "merges": row["merge"],
+        "layers": ", ".join(row["layers"]),
+        **sizes,
+    }
 
 
 def _backbones(pattern: str | None) -> list[dict[str, Any]]:
@@ -121,7 +144,7 @@ _LISTERS: dict[Kind, Callable[[str | None], list[dict[str, Any]]]] = {
 }
 
 _SHOWN: dict[Kind, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    Kind.methods: lambda row: {**row, "options": _settings(row["options"])},
+    Kind.methods: _method_row,
     Kind.backbones: lambda row: row,
     Kind.assets: lambda row: {
         "name": row["name"],
