@@ -12,6 +12,7 @@ from .errors import GraftError
 from .version import VERSION
 
 if TYPE_CHECKING:
+    from .bench.intrinsic import intrinsic_dimension
     from .core import (
         Adapter,
         Anatomy,
@@ -39,27 +40,97 @@ if TYPE_CHECKING:
         save,
         unmerge,
     )
-    from .methods import BitFit, ConvAdapter, Full, Linear, NormTuning, PadPrompt, Partial, RepNet
+    from .core.frames import VideoWrapper
+    from .methods import (
+        IA3,
+        MAM,
+        SSF,
+        AdaptFormer,
+        BitFit,
+        Compacter,
+        ConvAdapter,
+        Convpass,
+        ConvpassAttn,
+        FacTTK,
+        FacTTT,
+        Full,
+        Houlsby,
+        KAdaptation,
+        KronA,
+        KronAB,
+        KronABRes,
+        Linear,
+        LoHa,
+        LoKr,
+        LoRA,
+        MultiheadAdapter,
+        NormTuning,
+        PadPrompt,
+        ParallelAdapter,
+        Partial,
+        Pfeiffer,
+        Prefix,
+        ProTuning,
+        RepNet,
+        ScaledParallelAdapter,
+        STAdapter,
+        VPTAdd,
+        VPTBelow,
+        VPTDeep,
+        VPTPad,
+        VPTShallow,
+    )
+    from .official import load_official, official_systems
 
 __version__ = VERSION
 
 __all__ = [
+    "IA3",
+    "MAM",
+    "SSF",
+    "AdaptFormer",
     "Adapter",
     "Anatomy",
     "BitFit",
     "Combination",
+    "Compacter",
     "ConvAdapter",
+    "Convpass",
+    "ConvpassAttn",
+    "FacTTK",
+    "FacTTT",
     "Full",
     "GraftError",
+    "Houlsby",
+    "KAdaptation",
+    "KronA",
+    "KronAB",
+    "KronABRes",
     "Linear",
+    "LoHa",
+    "LoKr",
+    "LoRA",
     "MergeReport",
     "Method",
+    "MultiheadAdapter",
     "NormTuning",
     "PadPrompt",
+    "ParallelAdapter",
     "Partial",
+    "Pfeiffer",
     "Plan",
+    "Prefix",
+    "ProTuning",
     "RepNet",
+    "STAdapter",
+    "ScaledParallelAdapter",
     "Site",
+    "VPTAdd",
+    "VPTBelow",
+    "VPTDeep",
+    "VPTPad",
+    "VPTShallow",
+    "VideoWrapper",
     "__version__",
     "activate",
     "active",
@@ -68,10 +139,13 @@ __all__ = [
     "attach",
     "detach",
     "fingerprint",
+    "intrinsic_dimension",
     "load",
+    "load_official",
     "merge",
     "method",
     "methods",
+    "official_systems",
     "plan",
     "read_config",
     "read_task",
@@ -82,6 +156,15 @@ __all__ = [
 ]
 
 
+_HOMES = {
+    "VideoWrapper": ".core.frames",
+    "intrinsic_dimension": ".bench.intrinsic",
+    "load_official": ".official",
+    "official_systems": ".official",
+}
+"""Where public names live that neither a method nor the core defines."""
+
+
 def __getattr__(name: str) -> Any:
     """Import the home of a public name when it is first asked for."""
     if name not in __all__:
@@ -89,7 +172,7 @@ def __getattr__(name: str) -> Any:
     package = importlib.import_module(".methods", __name__)
     if name == "methods":
         return package
-    home = package if name in package.__all__ else importlib.import_module(".core", __name__)
+    home = package if name in package.__all__ else importlib.import_module(_HOMES.get(name, ".core"), __name__)
     globals()[name] = getattr(home, name)
     return globals()[name]
 
