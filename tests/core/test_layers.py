@@ -244,3 +244,14 @@ def test_the_activation_found_is_the_one_computed() -> None:
         assert_close(make_activation(activation_like(nn.Sequential(module)))(x), module(x))
     quick = make_activation("quick_gelu")
     assert_close(quick(x), x * torch.sigmoid(1.702 * x))
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_strided_kernel_of_one_pixel_convolves_as_the_layer_does(padding: int, groups: int) -> None:
+    conv = nn.Conv2d(4, 8, 1, stride=2, padding=padding, groups=groups, bias=False)
+    x = torch.randn(2, 4, 9, 7).to(memory_format=torch.channels_last)
+    ours = ConvGeometry.of(conv).apply(x, conv.weight, groups)
+    torch.testing.assert_close(ours, conv(x))
+    ours.square().sum().backward()
+    assert conv.weight.grad is not None and conv.weight.grad.isfinite().all()

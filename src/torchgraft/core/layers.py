@@ -255,7 +255,12 @@ class ConvGeometry:
             )
         elif self.padding_mode != "zeros":
             x, padding = F.pad(x, self._pad_list(), mode=self.padding_mode), (0,) * self.dims
-        return _FUNCTIONS[self.dims](x, weight, None, self.stride, padding, self.dilation, groups)
+        stride = self.stride
+        if max(self.kernel) == 1 and max(stride) > 1 and padding in ("valid", (0,) * self.dims):
+            # Reads the same points. On channels-last maps PyTorch 2.14's weight gradient of a 1x1 kernel with a stride
+            # writes outside its memory on the CPU.
+            x, stride = x[(..., *(slice(None, None, s) for s in stride))], (1,) * self.dims
+        return _FUNCTIONS[self.dims](x, weight, None, stride, padding, self.dilation, groups)
 
     def _pad_list(self) -> list[int]:
         if isinstance(self.padding, str):
