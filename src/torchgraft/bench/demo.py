@@ -60,7 +60,11 @@ DEMOS = {
     "orientation": Demo("sample:orientation", "Which way was the animal turned?", "see which way is up", 84),
 }
 
-METHODS: dict[str, tuple[str, ...]] = {"linear": (), "conv-adapter": (), "full": ("--lr", "0.0003")}
+METHODS: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "conv-adapter": ("--recipe", "conv-adapter-mobile"),
+    "full": ("--lr", "0.0003"),
+}
 """Method -> options beside its recipe. At the recipe's rate of 1e-3 full fine-tuning collapses to guessing on
 the orientation task (seed 0); at 3e-4 it learns."""
 
