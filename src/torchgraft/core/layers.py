@@ -259,7 +259,8 @@ class ConvGeometry:
         if max(self.kernel) == 1 and max(stride) > 1 and padding in ("valid", (0,) * self.dims):
             # Reads the same points. On channels-last maps PyTorch 2.14's weight gradient of a 1x1 kernel with a stride
             # writes outside its memory on the CPU.
-            x, stride = x[(..., *(slice(None, None, s) for s in stride))], (1,) * self.dims
+            read: tuple[Any, ...] = (..., *(slice(None, None, step) for step in stride))
+            x, stride = x[read], (1,) * self.dims
         return _FUNCTIONS[self.dims](x, weight, None, stride, padding, self.dilation, groups)
 
     def _pad_list(self) -> list[int]:
