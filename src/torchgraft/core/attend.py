@@ -23,7 +23,7 @@ class Attend:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra: int = 0) -> Tensor:
         """The heads' outputs; every query sees the first ``extra`` keys, whatever the mask says."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} defines no step")
 
 
 class Fused(Attend):

@@ -152,15 +152,8 @@ class _Finder:
         holders = [s.path for s in self.anatomy.inside(self.block, "attn", "mlp")]
         inner = next((h for h in holders if path.startswith(h + ".")), None)
         # BERT and T5 keep the norm of the stream beside the attention's layers, not between them.
-        return inner is None or self._computes_nothing_after(path, inner) or self._first_in(path, inner)
-
-    def _first_in(self, path: str, holder: str) -> bool:
-        layers = [p for p in self.called if p.startswith(holder + ".") and self._computes(p)]
-        return not layers or self.order(path) < self.order(layers[0])
-
-    def _computes_nothing_after(self, path: str, holder: str) -> bool:
-        layers = [p for p in self.called if p.startswith(holder + ".") and self._computes(p)]
-        return not layers or self.order(path) > self.order(layers[-1])
+        layers = [p for p in self.called if inner and p.startswith(inner + ".") and self._computes(p)]
+        return not layers or not self.order(layers[0]) < self.order(path) < self.order(layers[-1])
 
     def _computes(self, path: str) -> bool:
         site = self.anatomy.site(path)

@@ -84,11 +84,9 @@ class KAdaptation(Method):
             if key not in slow:
                 slow[key] = slow_matrices(self.n, self.slow_rank)
             form = KroneckerSum(shape, slow[key], self.rank, self.scale)
-            where, name, rows = weight.path, weight.parameter, weight.rows
-            module, slot, called = anatomy.module(where), weight.part, weight.called
-            placed.append(WeightDelta.on(module, where, form, called=called, parameter=name, rows=rows, slot=slot))
+            placed.append(weight.delta(anatomy, form))
             if self.delta_bias:
-                placed.append(self._bias(module, weight, shape[0]))
+                placed.append(self._bias(anatomy.module(weight.path), weight, shape[0]))
         return placed
 
     def _bias(self, module: nn.Module, weight: Weight, size: int) -> Placement:

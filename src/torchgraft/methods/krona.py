@@ -26,7 +26,7 @@ from ..core.anatomy import Anatomy
 from ..core.blocks import class_name
 from ..core.branches import Branch
 from ..core.method import Method, register
-from ..core.placements import Parallel, Placement, WeightDelta
+from ..core.placements import Parallel, Placement
 from ..errors import GraftError
 from .forms.kronecker import Kronecker, KroneckerBranch
 from .forms.targets import Part, nothing_found, weights
@@ -64,9 +64,7 @@ class KronA(Method):
                 form = Kronecker(weight.value(anatomy).shape, self.a_shape, self.scale)
             except GraftError as error:
                 raise GraftError(f"{self.name}: at {weight.path!r} {error}") from None
-            where, name, rows = weight.path, weight.parameter, weight.rows
-            module, slot, called = anatomy.module(where), weight.part, weight.called
-            placed.append(WeightDelta.on(module, where, form, called=called, parameter=name, rows=rows, slot=slot))
+            placed.append(weight.delta(anatomy, form))
         return placed
 
 

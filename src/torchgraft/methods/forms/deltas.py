@@ -65,5 +65,4 @@ class Deltas(Method):
         """The delta at its layer: beside it where that is possible, else on the weight."""
         layer = anatomy.module(weight.path)
         form = self.form(layer, weight.value(anatomy), rank, scale)
-        called, parameter, rows, slot = weight.called, weight.parameter, weight.rows, weight.part
-        return WeightDelta.on(layer, weight.path, form, called=called, parameter=parameter, rows=rows, slot=slot)
+        return weight.delta(anatomy, form)

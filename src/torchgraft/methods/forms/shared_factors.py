@@ -40,7 +40,7 @@ class SharedFactors(nn.Module):
 
     def core(self) -> Tensor:
         """K (outs r, ins r)."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} defines no core")
 
     def forward(self) -> Tensor:
         """The change, in the shape of the weight."""

@@ -13,6 +13,7 @@ from ...core.address import Selection
 from ...core.anatomy import Anatomy, Site
 from ...core.blocks import class_name
 from ...core.layers import is_conv, out_channels
+from ...core.placements import WeightDelta
 from ...errors import GraftError
 
 Part = Literal["auto", "all", "q", "k", "v", "qkv", "proj", "fc1", "fc2", "conv", "pointwise", "linear"]
@@ -55,6 +56,18 @@ class Weight:
         whole = anatomy.module(self.path)._parameters[self.parameter]
         assert whole is not None
         return whole if self.rows is None else whole[self.rows]
+
+    def delta(self, anatomy: Anatomy, form: nn.Module) -> WeightDelta:
+        """The placement of a change of this weight: beside its layer where that is possible, else on the weight."""
+        return WeightDelta.on(
+            anatomy.module(self.path),
+            self.path,
+            form,
+            called=self.called,
+            parameter=self.parameter,
+            rows=self.rows,
+            slot=self.part,
+        )
 
 
 def weights(
