@@ -27,8 +27,8 @@ def _model(name: str) -> nn.Module:
 
 
 def _kept_for_backward(model: nn.Module, x: Tensor) -> int:
-    """Bytes of the distinct storages that a real forward keeps, the model's own tensors left out."""
-    own = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
+    """Bytes of the distinct storages that a real forward keeps, the model's own tensors and the input left out."""
+    own = {t.data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
     kept: dict[int, tuple[int, Tensor]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -117,15 +117,69 @@ def test_the_bytes_kept_for_the_backward_are_those_of_the_real_model(name: str, 
     plan = tg.plan(model, method, MODELS[name], num_classes=5)
     tg.attach(model, method, num_classes=5, lean=False)
     assert plan.input == (1, 3, 64, 64)
-    assert plan.saved_bytes == pytest.approx(_kept_for_backward(model, torch.randn(plan.input)), rel=0.01)
+    assert plan.saved["off"] == pytest.approx(_kept_for_backward(model, torch.randn(plan.input)), rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_vit"])
 def test_the_bytes_are_right_for_other_families_too(name: str) -> None:
     model = _model(name)
-    plan = tg.plan(model, "conv-adapter", SMALL[name])
+    plan = tg.plan(model, "conv-adapter", SMALL[name], lean=False)
     tg.attach(model, "conv-adapter", lean=False)
+    assert plan.lean == "off"
     assert plan.saved_bytes == pytest.approx(_kept_for_backward(model, torch.randn(plan.input)), rel=0.02)
+
+
+LEVELS = ("off", "exact", "recompute", "checkpoint", "compact")
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        pytest.param(name, method, marks=() if method == often or name == "test_resnet" else pytest.mark.slow)
+        for method in ("conv-adapter", "ssf", "lora", "bitfit")
+        for name, often in zip(SMALL, ("", "lora", "conv-adapter", "ssf"), strict=True)
+    ],
+)
+def test_every_level_keeps_in_a_real_training_step_what_the_plan_foretells(name: str, method: str) -> None:
+    size = SMALL[name]
+    plan = tg.plan(_model(name), method, size, num_classes=5, batch=3)
+    assert (plan.batch, tuple(plan.saved)) == (3, LEVELS)
+    for level in LEVELS:
+        model = _model(name)
+        tg.attach(model, method, num_classes=5, lean=level)
+        kept = _kept_for_backward(model.train(), torch.randn(3, 3, size, size))
+        assert plan.saved[level] == pytest.approx(kept, rel=0.05), level
+    assert plan.saved["exact"] < plan.saved["off"]
+    assert plan.saved_bytes == plan.saved["exact"]
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
+def test_full_fine_tuning_is_counted_beside_the_method(name: str) -> None:
+    plan = tg.plan(_model(name), "bitfit", 64, batch=2)
+    model = _model(name).train().requires_grad_(True)
+    assert plan.saved_full == pytest.approx(_kept_for_backward(model, torch.randn(2, 3, 64, 64)), rel=0.01)
+    assert "lean exact" in str(plan) and "full fine-tuning" in str(plan)
+
+
+def test_norms_that_are_not_folded_keep_more_where_nothing_is_lean() -> None:
+    folded, apart = (tg.plan(_model("test_resnet"), "conv-adapter", 64, fold=fold, batch=8) for fold in (True, False))
+    assert folded.saved["off"] < apart.saved["off"]
+
+
+def test_a_wrong_level_and_a_wrong_batch_are_one_line() -> None:
+    with pytest.raises(tg.GraftError, match="did you mean 'compact'"):
+        tg.plan(_model("test_resnet"), "bitfit", 64, lean="compakt")
+    with pytest.raises(tg.GraftError, match="batch=0 was given"):
+        tg.plan(_model("test_resnet"), "bitfit", 64, batch=0)
+
+
+def test_what_is_foretold_belongs_to_the_model_as_it_was_planned() -> None:
+    model = _model("test_resnet")
+    wanted, plan = tg.plan(model, "bitfit", 64).saved_bytes, tg.plan(model, "bitfit", 64)
+    tg.attach(model, "full")
+    state = torch.get_rng_state()
+    assert plan.saved_bytes == wanted
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # -- arithmetic -----------------------------------------------------------------------------------------
@@ -249,7 +303,8 @@ def test_a_plan_is_plain_data_and_prints_as_a_table() -> None:
     assert f"{plan.parameters:,}" in text
     assert "stages[0].blocks[0].conv1" in text
     assert "GFLOP" in text
-    assert "kept for the backward" in text
+    assert "kept for the backward, batch of 1" in text
+    assert data["saved_bytes"] == data["saved"]["exact"] == plan.saved_bytes
 
 
 def test_a_model_that_accepts_no_guess_is_planned_without_costs() -> None:

@@ -195,8 +195,8 @@ def test_detaching_all_restores_everything(order: tuple[str | None, ...]) -> Non
 
 def test_modules_that_only_one_adapter_used_are_plain_again_while_the_other_stays() -> None:
     model = _toy()
-    attach(model, _affine("0"), T, name="one")
-    attach(model, _affine("2"), T, name="two")
+    attach(model, _affine("0"), T, name="one", lean=False)
+    attach(model, _affine("2"), T, name="two", lean=False)
     tg.detach(model, "one")
     assert type(model[0]) is nn.Linear
     assert existing_point(model[0]) is None

@@ -4,9 +4,12 @@ from .adapter import Adapter, activate, active, adapters, attach, detach
 from .anatomy import Anatomy, Site, anatomy
 from .checkpoint import load, read_config, read_task, read_tensors, save
 from .fingerprint import fingerprint
+from .kept import saved_bytes
+from .memory_format import prefers_channels_last
 from .merge import MergeReport, merge, unmerge
 from .method import Combination, Method, method, methods, register
-from .plan import Plan, plan, saved_bytes
+from .plan import Plan, plan
+from .precision import cast_frozen
 from .routing import route
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "adapters",
     "anatomy",
     "attach",
+    "cast_frozen",
     "detach",
     "fingerprint",
     "load",
@@ -29,6 +33,7 @@ __all__ = [
     "method",
     "methods",
     "plan",
+    "prefers_channels_last",
     "read_config",
     "read_task",
     "read_tensors",

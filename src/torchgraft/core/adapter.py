@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GraftError, nearest
+from ..lean.install import level_of
 from ..swap import has_layer, swap, unswap
 from .anatomy import Anatomy, Site
 from .build import build, check, saved_prefix
@@ -26,6 +27,7 @@ from .frozen import (
 )
 from .graft import RESERVED, existing_point, graft_point, remove_point
 from .head import HEAD_SLOT, KeepsHead
+from .memory import NO_PARTS, Parts, parts_of, plain_again, settle_memory, stand_aside
 from .method import Method
 from .method import method as resolve
 from .placements import BatchStats, Hook, Placement, Train
@@ -43,6 +45,8 @@ class Adapter:
         model: The backbone it is attached to.
         num_classes: Outputs of its own head; None when it uses the backbone's classifier.
         batchnorm: BatchNorm policy.
+        lean: Level of the lean layers while it is active; None: none.
+        fold: Whether norms are computed in the weights before them while it is trained.
         sites: The sites it acts at.
         parked: Tensors of sites that this model lacks (a classifier's head on a feature extractor); they are
             saved again, so nothing is lost on the way.
@@ -56,10 +60,11 @@ class Adapter:
         *,
         num_classes: int | None,
         batchnorm: str,
-        lean: Any,
+        lean: str | None,
+        fold: bool,
     ) -> None:
         self.model, self.name, self.method = model, name, config
-        self.num_classes, self.batchnorm, self.lean = num_classes, batchnorm, lean
+        self.num_classes, self.batchnorm, self.lean, self.fold = num_classes, batchnorm, lean, fold
         self.placements: list[tuple[str, Placement]] = []
         self.sites: list[Site] = []
         self.include: list[str] | None = None
@@ -170,6 +175,8 @@ class Registry:
     requires_grad: dict[str, bool]
     merged: Any = None
     dropout: bool | None = None
+    parts: Parts | None = None
+    settled: Any = None
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -194,6 +201,7 @@ def attach(
     exclude: str | Iterable[str] | None = None,
     batchnorm: str = "frozen",
     lean: bool | str = True,
+    fold: bool = True,
     dropout: bool = False,
     example: Example | None = None,
     _headless: bool = False,
@@ -215,7 +223,10 @@ def attach(
         exclude: Not these modules; same forms.
         batchnorm: ``"frozen"``; ``"adapt"``: the adapter's own running statistics follow the task's
             batches; ``"train"``: batch statistics while training, as official training loops do.
-        lean: Memory-saving frozen layers (no effect on results).
+        lean: What is kept for the backward: ``"exact"`` (True), ``"recompute"``, ``"checkpoint"``, ``"compact"`` or
+            False; see :func:`torchgraft.lean.level_of`. All but ``compact`` give the same gradients, bit for bit.
+        fold: Compute a frozen BatchNorm in the weight of the convolution before it, in forwards that will have a
+            backward. Faster; moves outputs by rounding errors (about 1e-6).
         dropout: Let the backbone's own dropout and stochastic depth act in training.
         example: Input ``(args, kwargs)`` of the dry run, for models whose input cannot be guessed.
 
@@ -223,7 +234,7 @@ def attach(
         GraftError: Unknown method, name in use, no site, a site that never runs, no classifier for
             ``num_classes``; the model is unchanged then.
     """
-    config = resolve(method)
+    config, level = resolve(method), level_of(lean)
     _check_name(model, name)
     was_active = active(model)
     if was_active is not None:
@@ -236,7 +247,7 @@ def attach(
                 "give attach(..., example=(args, kwargs))",
                 stacklevel=2,
             )
-        adapter = Adapter(model, name, config, num_classes=num_classes, batchnorm=batchnorm, lean=lean)
+        adapter = Adapter(model, name, config, num_classes=num_classes, batchnorm=batchnorm, lean=level, fold=fold)
         adapter.example = example
         adapter.include, adapter.exclude = anatomy.selection.include, anatomy.selection.exclude or None
         placed = build(anatomy, config, num_classes=num_classes, batchnorm=batchnorm, headless=_headless)
@@ -280,10 +291,12 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             point.drop(one)
         if not point.actions and not point.adapters:
             remove_point(module)
+            plain_again(module)
     if registry.adapters:
         activate(model, registry.active)
         return
     model.__dict__.pop("_torchgraft_registry", None)
+    settle_memory(model, None, NO_PARTS, [], fold=False)
     unswap(model, KeepsHead)
     unfreeze(model, registry.requires_grad)
 
@@ -306,12 +319,25 @@ def activate(model: nn.Module, name: str | None) -> None:
     if wish is not registry.dropout:
         hold_silent(model, wish)
         registry.dropout = wish
+    if registry.active is not None:
+        _settle(model, registry, registry.adapters[registry.active])
     for module in model.modules():
         point = existing_point(module)
         if point is not None:
             point.select(registry.active)
+            stand_aside(module, point)
         if has_layer(module, HeldInEval):
             module.settle()  # type: ignore[operator]
+
+
+def _settle(model: nn.Module, registry: Registry, adapter: Adapter) -> None:
+    """The lean layers that ``adapter`` asks for, where others are in place."""
+    apart = adapter.name if adapter.lean in ("recompute", "checkpoint") else None
+    wish = (adapter.lean, adapter.fold, apart)
+    if registry.settled != wish:
+        placements = [p for _, p in adapter.placements]
+        settle_memory(model, adapter.lean, registry.parts or NO_PARTS, placements, fold=adapter.fold)
+        registry.settled = wish
 
 
 def install(adapter: Adapter, anatomy: Anatomy, placed: list[Placement], *, dropout: bool = False) -> None:
@@ -319,7 +345,7 @@ def install(adapter: Adapter, anatomy: Anatomy, placed: list[Placement], *, drop
     model, name = adapter.model, adapter.name
     registry = _registry(model)
     if registry is None:
-        registry = Registry({}, None, freeze(model))
+        registry = Registry({}, None, freeze(model), parts=parts_of(anatomy))
         model.__dict__["_torchgraft_registry"] = registry
         if callable(getattr(model, "reset_classifier", None)):
             swap(model, KeepsHead)
@@ -338,6 +364,7 @@ def install(adapter: Adapter, anatomy: Anatomy, placed: list[Placement], *, drop
     homes = {p.home: None for _, p in adapter.placements if p.slot != HEAD_SLOT and p.kind != "stats"}
     adapter.sites = [anatomy.site(path) for path in homes]
     registry.adapters[name] = adapter
+    registry.settled = None  # there are new places
     activate(model, name)
 
 

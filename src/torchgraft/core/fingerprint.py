@@ -12,6 +12,9 @@ from ..errors import GraftError
 from ..swap import original_class
 from .anatomy import Anatomy
 
+_ROUNDED = "_torchgraft_rounded"
+"""Where a model remembers which hashes its rounded weights had in full precision."""
+
 
 def fingerprint(anatomy: Anatomy) -> dict[str, Any]:
     """What identifies the backbone, as plain data.
@@ -26,6 +29,7 @@ def fingerprint(anatomy: Anatomy) -> dict[str, Any]:
         the model tells, ``tag``, ``weights``, ``input_size``, ``mean`` and ``std``.
     """
     model = anatomy.model
+    rounded_from: dict[str, str] = model.__dict__.get(_ROUNDED, {})
     parts: dict[str, Any] = {}
     count = 0
     for path, name, tensor in _tensors(anatomy):
@@ -43,7 +47,7 @@ def fingerprint(anatomy: Anatomy) -> dict[str, Any]:
         "architecture": architecture(model),
         "class": original_class(model).__name__,
         "parameters": count,
-        "parts": {name: digest.hexdigest()[:32] for name, digest in parts.items()},
+        "parts": {name: rounded_from.get(h := digest.hexdigest()[:32], h) for name, digest in parts.items()},
     }
     for key in ("tag", "input_size", "mean", "std"):
         if config.get(key):
@@ -52,6 +56,19 @@ def fingerprint(anatomy: Anatomy) -> dict[str, Any]:
     if weights:
         found["weights"] = str(weights)
     return found
+
+
+def remember_rounding(anatomy: Anatomy, before: dict[str, Any]) -> None:
+    """Let the model, whose weights were cast to another type, be taken for the one that it was.
+
+    It is by their values that the rounded weights are known; other weights in the same model are other weights.
+
+    Args:
+        anatomy: The anatomy of the model as it is now.
+        before: Its fingerprint ahead of the cast.
+    """
+    now = fingerprint(anatomy)["parts"]
+    anatomy.model.__dict__.setdefault(_ROUNDED, {}).update({now[part]: before["parts"][part] for part in now})
 
 
 def architecture(model: nn.Module) -> str:

@@ -30,7 +30,7 @@ CONVS: dict[tuple[int, bool], Any] = {
     (2, True): nn.ConvTranspose2d,
     (3, True): nn.ConvTranspose3d,
 }
-_FUNCTIONS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
@@ -261,7 +261,7 @@ class ConvGeometry:
             # writes outside its memory on the CPU.
             read: tuple[Any, ...] = (..., *(slice(None, None, step) for step in stride))
             x, stride = x[read], (1,) * self.dims
-        return _FUNCTIONS[self.dims](x, weight, None, stride, padding, self.dilation, groups)
+        return CONVOLVE[self.dims](x, weight, None, stride, padding, self.dilation, groups)
 
     def _pad_list(self) -> list[int]:
         if isinstance(self.padding, str):

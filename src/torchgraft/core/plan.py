@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
+from ..errors import GraftError
+from ..lean import meter
+from ..lean.install import level_of
 from .adapter import adapters, attach, detach
 from .anatomy import Anatomy
 from .build import build, check
 from .frozen import own_parameters, reference_tensor
+from .ghosts import copied, on_meta, without_data
 from .head import HEAD_SLOT
+from .kept import NEEDS_DATA, Kept
 from .method import Method
 from .method import method as resolve
 from .placements import BatchStats, Placement, Train
@@ -57,10 +58,11 @@ class Plan:
         input: Shape of the input that the costs below refer to, batch included (1).
         flops: Multiply-adds times two of the plain forward for that input; None when unknown.
         flops_added: What the method adds to it.
-        saved_bytes: Bytes that autograd keeps for the backward of one input on the CPU, in eval mode and by the
-            plain path; None when unknown. Other devices choose other kernels, which keep a little more or less.
+        batch: Rows of the batch that the bytes below are for.
+        lean: The level that was asked for; ``"off"`` for none.
         file_bytes: Bytes of the tensors in the adapter's file: parameters, head and statistics, shared ones
             once, in the types that they are saved in by default.
+        kept: Counts the bytes of a training step, when they are first asked for; None when unknown.
     """
 
     method: str
@@ -72,17 +74,41 @@ class Plan:
     input: tuple[int, ...] | None
     flops: int | None
     flops_added: int | None
-    saved_bytes: int | None
+    batch: int
+    lean: str
     file_bytes: int
+    kept: Kept | None = dataclasses.field(repr=False, compare=False)
 
     @property
     def percent(self) -> float:
         """Trainable values without the head in per cent of the backbone's."""
         return 100 * self.parameters / max(self.backbone_parameters, 1)
 
+    @property
+    def saved_bytes(self) -> int | None:
+        """Bytes that autograd keeps for the backward of a training step at level ``lean``; None when unknown.
+
+        Parameters and input do not count. The bytes are those of the CPU; other devices choose other kernels, which
+        keep a little more or less.
+        """
+        return None if self.kept is None else self.kept.at(self.lean)
+
+    @property
+    def saved(self) -> dict[str, int]:
+        """Likewise at every level, by its name, with ``"off"`` for none; empty when unknown."""
+        return {} if self.kept is None else self.kept.by_level()
+
+    @property
+    def saved_full(self) -> int | None:
+        """Likewise for full fine-tuning of the plain backbone, its BatchNorms in training mode."""
+        return None if self.kept is None else self.kept.in_full()
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data."""
-        return {**dataclasses.asdict(self), "percent": self.percent}
+        fields = dataclasses.asdict(dataclasses.replace(self, kept=None))
+        del fields["kept"]
+        counted = {name: getattr(self, name) for name in ("percent", "saved_bytes", "saved", "saved_full")}
+        return fields | counted
 
     def __str__(self) -> str:
         width = max([len("site"), *(len(s.address) for s in self.sites)])
@@ -102,10 +128,17 @@ class Plan:
                 f"forward: {self.flops / 1e9:.2f} GFLOP + {self.flops_added / 1e9:.3f} ({more:+.1f} %) "
                 f"for input {self.input}"
             )
-        if self.saved_bytes is not None:
-            rows.append(f"kept for the backward: {self.saved_bytes / 2**20:.1f} MiB per input (plain path)")
+        if self.kept is not None and self.saved_bytes is not None:
+            rows.append(self._saved(self.kept))
         rows.append(f"adapter file: {self.file_bytes / 1e3:.0f} kB")
         return "\n".join(rows)
+
+    def _saved(self, kept: Kept) -> str:
+        """The level that was asked for beside none and full fine-tuning."""
+        shown = {f"lean {level}": kept.at(level) for level in (self.lean, "off")}
+        shown["full fine-tuning"] = kept.in_full()
+        found = [f"{size / 2**20:.1f} MiB ({name})" for name, size in shown.items() if size is not None]
+        return f"kept for the backward, batch of {self.batch}: {', '.join(found)}"
 
 
 def plan(
@@ -117,6 +150,9 @@ def plan(
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     batchnorm: str = "frozen",
+    lean: bool | str = True,
+    fold: bool = True,
+    batch: int = 1,
     example: Example | None = None,
 ) -> Plan:
     """What ``attach`` with the same arguments would add to the plain backbone; the model is not changed.
@@ -132,12 +168,17 @@ def plan(
         include: Only these modules, as for ``attach``.
         exclude: Not these modules, as for ``attach``.
         batchnorm: BatchNorm policy, as for ``attach``.
+        lean: Level that the plan shows first, as for ``attach``; all of them are counted.
+        fold: Whether norms are folded, as for ``attach``.
+        batch: Size of the batch that the saved bytes are for; an ``example`` is repeated so many times.
         example: Input ``(args, kwargs)`` of the dry run, as for ``attach``.
 
     Raises:
-        GraftError: Whatever ``attach`` would raise.
+        GraftError: Whatever ``attach`` would raise, or ``batch`` is no positive number.
     """
-    config = resolve(method)
+    config, level = resolve(method), level_of(lean) or "off"
+    if not isinstance(batch, int) or batch < 1:
+        raise GraftError(f"plan: batch={batch!r} was given, expected a whole number of at least 1")
     plain = _without_adapters(model)
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(sorted(i for i in devices if i is not None)):
@@ -146,7 +187,7 @@ def plan(
             placed = build(anatomy, config, num_classes=num_classes, batchnorm=batchnorm)
         check(anatomy, config, placed)
         options = {"num_classes": num_classes, "include": include, "exclude": exclude, "batchnorm": batchnorm}
-        flops, flops_added, kept = _costs(anatomy, config, options)
+        costs = _costs(anatomy, config, options | {"fold": fold}, batch)
     seen: set[int] = set()
     rows, head = [], 0
     for placement in placed:
@@ -169,92 +210,49 @@ def plan(
         head_parameters=head,
         backbone_parameters=own_parameters(plain) - own_parameters(classifier),
         input=anatomy.trace.input if anatomy.trace else None,
-        flops=flops,
-        flops_added=flops_added,
-        saved_bytes=kept,
+        flops=costs.flops,
+        flops_added=costs.flops_added,
+        batch=batch * (anatomy.trace.input[0] if anatomy.trace and anatomy.trace.input else 1),
+        lean=level,
         file_bytes=_file_bytes(placed, reference_tensor(plain).dtype),
+        kept=costs.kept,
     )
-
-
-def saved_bytes(model: nn.Module, example: Example) -> int:
-    """Bytes that autograd keeps for the backward of one forward, the model's own tensors excluded.
-
-    Every storage counts once, however many operations keep it. Works on the meta device and on fake tensors
-    too. What is kept depends on the kernels that the device chooses: in inference mode the CPU's BatchNorm keeps
-    no statistics and its fused attention no scores, where the meta device's keep both.
-    """
-    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage()._cdata not in own:
-            kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = model(*example[0], **example[1])
-        count = sum(t.untyped_storage().nbytes() for t in kept.values())
-    del out
-    return count
 
 
 def _without_adapters(model: nn.Module) -> nn.Module:
     """The model itself, or, when it has adapters, a copy without them that reads the same memory."""
     if not adapters(model):
         return model
-    plain = _ghost(model, lambda tensor: tensor)
+    plain = copied(model, lambda tensor: tensor)
     detach(plain)
     return plain
 
 
-def _costs(anatomy: Anatomy, config: Method, options: dict[str, Any]) -> tuple[int | None, int | None, int | None]:
-    """Operations, added operations and bytes kept; None where the model cannot run without data."""
+@dataclasses.dataclass
+class _Costs:
+    """Operations and bytes; None where the model cannot run without data."""
+
+    flops: int | None = None
+    flops_added: int | None = None
+    kept: Kept | None = None
+
+
+def _costs(anatomy: Anatomy, config: Method, options: dict[str, Any], batch: int) -> _Costs:
+    """What a forward and a training step with the method cost, counted on copies without data."""
     if anatomy.trace is None or anatomy.trace.input is None:
-        return None, None, None
+        return _Costs()
     try:
-        ghost = _ghost(anatomy.model, _on_meta).eval()
-        run = _mapped(anatomy.trace.example, _on_meta)
+        ghost, run = without_data(anatomy.model, anatomy.trace.example, on_meta)
+        ghost.eval()
         flops = _flops(ghost, run)
         attach(ghost, config, example=run, lean=False, **options)
-        added = _flops(ghost, run) - flops
-        # Fake tensors say that they are on the CPU, so the kernels (and what they keep) are those of the CPU.
-        fakes = FakeTensorMode(allow_non_fake_inputs=True)
-
-        def on_cpu(tensor: Tensor) -> Tensor:
-            with fakes:
-                return _empty(tensor, "cpu")
-
-        ghost, run = _ghost(ghost, on_cpu), _mapped(run, on_cpu)
-        with fakes:
-            kept = saved_bytes(ghost, run)
-        return flops, added, kept
-    except (RuntimeError, NotImplementedError, TypeError, StopIteration):
-        return None, None, None
-
-
-def _ghost(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy whose parameters and buffers are what ``make`` makes of the model's."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(make(p.detach()), p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, memo | {id(b): make(b) for b in model.buffers()})
-
-
-def _mapped(example: Example, make: Callable[[Tensor], Tensor]) -> Example:
-    args, kwargs = tree_map_only(Tensor, make, example)
-    return args, kwargs
-
-
-def _on_meta(tensor: Tensor) -> Tensor:
-    return _empty(tensor, "meta")
-
-
-def _empty(tensor: Tensor, device: str) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        return _Costs(flops, _flops(ghost, run) - flops, Kept(ghost, run, batch))
+    except NEEDS_DATA:
+        return _Costs()
 
 
 def _flops(model: nn.Module, example: Example) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(*example[0], **example[1])
-    return counter.get_total_flops()
+    return meter.flops(lambda: torch.no_grad()(model)(*example[0], **example[1]))
 
 
 def _file_bytes(placed: list[Placement], dtype: torch.dtype) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..lean.fold import Pair, foldable
 from .graft import RESERVED, first_tensor
-from .layers import is_conv
+from .layers import is_batchnorm, is_conv
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -56,12 +58,15 @@ class Trace:
         input: Shape of the first tensor that the model was given, None when it was given none (detectors
             take a list).
         example: What the model was called with.
+        read: Identities of the parameters that operations were given.
+        pairs: Convolutions and the BatchNorms that were given their very output.
     """
 
     calls: dict[str, Call]
     input: tuple[int, ...] | None
     example: Example = ((), {})
     read: frozenset[int] = frozenset()
+    pairs: tuple[Pair, ...] = ()
 
     def fired(self, path: str) -> bool:
         """Whether the module at ``path`` was called."""
@@ -96,10 +101,21 @@ def trace(model: nn.Module, example: Example) -> Trace:
         example: Positional and keyword arguments.
     """
     calls: dict[str, Call] = {}
+    made: dict[int, tuple[Any, str, nn.Module]] = {}
+    pairs: list[Pair] = []
     handles = []
+
+    def note_pair(path: str, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        if is_conv(module) and isinstance(out, Tensor):
+            made[id(out)] = weakref.ref(out), path, module
+        elif is_batchnorm(module) and args and (known := made.get(id(args[0]))) is not None:
+            same, conv_path, conv = known
+            if same() is args[0] and foldable(conv, module):
+                pairs.append(Pair(conv_path, path))
 
     def watch(path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            note_pair(path, module, args, out)
             if path in calls:
                 calls[path].count += 1
             else:
@@ -117,7 +133,8 @@ def trace(model: nn.Module, example: Example) -> Trace:
         finally:
             for handle in handles:
                 handle.remove()
-    return Trace(calls, _shape_in(*example), example, frozenset(reads.ids))
+    once = tuple(p for p in pairs if calls[p.conv].count == calls[p.norm].count == 1)
+    return Trace(calls, _shape_in(*example), example, frozenset(reads.ids), once)
 
 
 def dry_run(model: nn.Module, example: Example | None = None, size: int | None = None) -> Trace | None:

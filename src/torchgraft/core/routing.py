@@ -13,6 +13,7 @@ from ..errors import GraftError, nearest
 from ..swap import original_class, swap, unswap
 from .adapter import activate, active, adapters, registry_of
 from .graft import Args, GraftPoint, Kwargs, existing_point, first_output, first_tensor, replace_output
+from .memory import stand_aside
 
 
 @contextlib.contextmanager
@@ -45,8 +46,10 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     points = [p for p in map(existing_point, model.modules()) if p is not None]
     router = Router(list(names), points, whole)
     try:
-        for point in points:
-            point.router = router
+        for module in model.modules():
+            if (point := existing_point(module)) is not None:
+                point.router = router
+                stand_aside(module, point, routed=True)
         model.__dict__["_torchgraft_router"] = router
         swap(model, RoutesWhole)
         yield

@@ -133,6 +133,10 @@ class KroneckerSum(nn.Module):
         scale: s.
     """
 
+    slow: nn.Parameter
+    slow_left: nn.Parameter
+    slow_right: nn.Parameter
+
     def __init__(self, shape: tuple[int, ...], slow: tuple[nn.Parameter, ...], rank: int, scale: float) -> None:
         super().__init__()
         self.shape, self.scale, n = tuple(shape), scale, slow[0].shape[0]
@@ -149,7 +153,7 @@ class KroneckerSum(nn.Module):
         if self.factored:
             down, up = self._product()
             return (self.scale * up @ down).view(self.shape)
-        delta = torch.einsum("iab,ipr,irq->bqap", self._parameters["slow"], self.u, self.v)
+        delta = torch.einsum("iab,ipr,irq->bqap", self.slow, self.u, self.v)
         return (self.scale * delta).reshape(self.shape)
 
     def along(self, x: Tensor, geometry: ConvGeometry | None) -> Tensor:
@@ -166,12 +170,12 @@ class KroneckerSum(nn.Module):
         if geometry is not None:
             return geometry.apply(x, self(), 1)
         code = torch.einsum("...ap,ipr->...air", x.unflatten(-1, (self.u.shape[0], -1)), self.u)
-        mixed = torch.einsum("...air,iab->...bir", code, self._parameters["slow"])
+        mixed = torch.einsum("...air,iab->...bir", code, self.slow)
         return self.scale * torch.einsum("...bir,irq->...bq", mixed, self.v).flatten(-2)
 
     def _product(self) -> tuple[Tensor, Tensor]:
         """The two factors of H^T: (n k r, d_in) and (d_out, n k r)."""
-        left, right = self._parameters["slow_left"], self._parameters["slow_right"]
+        left, right = self.slow_left, self.slow_right
         down = torch.einsum("iak,ipr->ikrap", left, self.u).flatten(3).flatten(0, 2)
         up = torch.einsum("ikb,irq->bqikr", right, self.v).flatten(2).flatten(0, 1)
         return down, up

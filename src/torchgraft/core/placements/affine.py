@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ...errors import GraftError
+from ...lean.hooks import acts
+from ...lean.saved import derive
 from ...swap import original_class
 from ..graft import Args, Kwargs, first_output, first_tensor, replace_first, replace_output
 from ..layers import ConvGeometry, channel_axis, in_channels, is_conv, is_norm, is_standardised, out_channels
@@ -89,17 +92,20 @@ class Affine(Placement):
         return replace_output(out, self._changed(first_output(out)))
 
     def view(self, name: str, value: Tensor | None) -> Tensor:
-        """The weight or the bias under the pair; a bias that is not there counts as zero."""
+        """The weight or the bias under the pair, in its type; a bias that is not there counts as zero."""
         assert self.through is not None
         if name == self.through[0]:
             assert value is not None
             axis = 0 if self.side == "output" else 1
-            return value if self.scale is None else _along(value, self._all(self.scale, value.shape[axis], 1.0), axis)
+            if self.scale is None:
+                return value
+            return _along(value, self._all(self.scale, value.shape[axis], 1.0), axis).to(value.dtype)
         if value is None:
             assert self.shift is not None
             return self._all(self.shift, 0, 0.0)
         changed = value if self.scale is None else value * self._all(self.scale, value.shape[0], 1.0)
-        return changed if self.shift is None else changed + self._all(self.shift, value.shape[0], 0.0)
+        shifted = changed if self.shift is None else changed + self._all(self.shift, value.shape[0], 0.0)
+        return shifted.to(value.dtype)
 
     def _changed(self, y: Tensor) -> Tensor:
         """Scaled and shifted, in the type of ``y``: under autocast the values are more precise than what they meet."""
@@ -107,10 +113,12 @@ class Affine(Placement):
         width = y.shape[self.axis]
         scale = None if self.scale is None else self._all(self.scale, width, 1.0).view(shape)
         shift = None if self.shift is None else self._all(self.shift, width, 0.0).view(shape)
-        if scale is not None and shift is not None:
-            return torch.addcmul(shift, y, scale).to(y.dtype)  # one pass over y, where two operators make two
-        changed = y if scale is None else y * scale
-        return (changed if shift is None else changed + shift).to(y.dtype)
+        out = _scaled_and_shifted(y, scale, shift)
+        if scale is not None and scale.requires_grad and acts(out):
+            # The product keeps y for the gradient of the scale, so its result need not be kept by what reads it.
+            values = tuple(p for p in (self.scale, self.shift) if p is not None)
+            derive(out, functools.partial(_scaled_and_shifted, scale=scale, shift=shift), y, values)
+        return out
 
     def _all(self, values: Tensor, width: int, neutral: float) -> Tensor:
         """One value per channel, where ``rows`` covers only some of them."""
@@ -226,6 +234,13 @@ def affine_for(
         through=("weight", "bias") if before_act and _activates(module) else None,
         slot=slot,
     )
+
+
+def _scaled_and_shifted(y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    if scale is not None and shift is not None:
+        return torch.addcmul(shift, y, scale).to(y.dtype)  # one pass over y, where two operators make two
+    changed = y if scale is None else y * scale
+    return (changed if shift is None else changed + shift).to(y.dtype)
 
 
 def _activates(module: nn.Module) -> bool:

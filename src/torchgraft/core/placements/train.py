@@ -50,8 +50,8 @@ class Train(Placement):
         return self.names
 
     def view(self, name: str, value: Tensor) -> Tensor:
-        """The adapter's copy."""
-        return self._parameters[f"own_{name}"]  # type: ignore[return-value]
+        """The adapter's copy, in the type of what it stands for."""
+        return self._parameters[f"own_{name}"].to(value.dtype)  # type: ignore[union-attr]
 
     def owned(self) -> dict[str, Tensor]:
         """The copies under the names of the originals."""

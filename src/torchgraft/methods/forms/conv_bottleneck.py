@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ...core.layers import CONVS, ConvGeometry, make_activation
+from ...core.layers import CONVOLVE, CONVS, ConvGeometry, make_activation
 
 Init = Literal["zero", "default", "kaiming", "trunc", "fan_out"]
 
@@ -73,7 +73,12 @@ class ConvBottleneck(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """Map (N, C_in, *space) to (N, C_out, *space')."""
-        return self.scale * self.conv2(self.act(self.conv1(u)))
+        h = self.act(self.conv1(u))
+        # The scale of the output is that of the 1 x 1 kernel's rows: so nothing of the output's size is kept for it.
+        weight, bias = self.conv2.weight, self.conv2.bias
+        assert bias is not None
+        scale = self.scale
+        return CONVOLVE[scale.dim() - 1](h, weight * scale.unsqueeze(1), bias * scale.flatten())
 
 
 def _zero(bias: Tensor | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,9 @@ class DoRA(LowRank):
         rank: Rank r.
         scale: Factor of the product.
     """
+
+    precise: ClassVar[tuple[str, ...]] = ("magnitude",)
+    """Read in its own type where a form's other parameters are read in the backbone's: it is near the exact norms."""
 
     def __init__(self, weight: Tensor, rank: int, scale: float) -> None:
         super().__init__(weight.shape, rank, scale)
