@@ -24,7 +24,7 @@ from torchgraft.bench.pareto import picture, scores, table
 from torchgraft.tasks.plots import save
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "vit_small_patch14_dinov2": {"image_size": 70, "epochs": 8},
+    "vit_small_patch14_dinov2": {"image_size": 56, "epochs": 12},
     "tf_efficientnet_lite0": {"image_size": 64, "epochs": 10},
 }
 """Backbone -> size of the images in pixels, and passes over the training images; sizes that two cores can do."""

@@ -10,6 +10,7 @@ import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
@@ -163,8 +164,17 @@ def _helps() -> Iterator[tuple[str, str]]:
     settings = {**program.context_settings, "terminal_width": WIDTH, "max_content_width": WIDTH}
     context = program.context_class(program, info_name="torchgraft", **settings)
     yield "", program.get_help(context)
-    for verb, command in program.commands.items():  # type: ignore[attr-defined]
-        yield verb, command.get_help(command.context_class(command, info_name=verb, parent=context))
+    yield from _helps_within(program, context)
+
+
+def _helps_within(group: Any, context: Any) -> Iterator[tuple[str, str]]:
+    """The verbs of a group, and those of the groups in it, by the words that call them."""
+    called = context.command_path.split()[1:]
+    for verb, command in group.commands.items():
+        inner = command.context_class(command, info_name=verb, parent=context)
+        yield " ".join([*called, verb]), command.get_help(inner)
+        if hasattr(command, "commands"):
+            yield from _helps_within(command, inner)
 
 
 if __name__ == "__main__":

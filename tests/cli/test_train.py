@@ -42,6 +42,18 @@ def test_other_settings_go_through_o_and_win_over_the_recipe(cli, photos, tmp_pa
     assert "weight_decay: 0.125" in text and "lr: 0.25" in text and "augment: none" in text
 
 
+def test_memory_options_are_settings_of_the_run(cli, photos, tmp_path):
+    out = tmp_path / "run"
+    words = train_words(photos, out, "--lean", "off", "--frozen-dtype", "bf16", "--no-channels-last")
+    spoken = cli(*words)
+    assert spoken.code == 0, spoken.err
+    text = (out / "config.yaml").read_text()
+    assert "lean: 'off'" in text and "frozen_dtype: bf16" in text and "channels_last: false" in text
+    assert "kept for the backward" in spoken.out and "(lean: off)" in spoken.out
+    page = (out / "report.html").read_text()
+    assert "kept for the backward of a batch" in page and "frozen part in bf16" in page
+
+
 def test_a_setting_given_in_two_ways_is_refused(cli, photos, tmp_path):
     line = one_line_error(cli(*train_words(photos, tmp_path / "run", "-o", "epochs=3")))
     assert "epochs" in line and "twice" in line
@@ -57,6 +69,8 @@ def test_a_setting_given_in_two_ways_is_refused(cli, photos, tmp_path):
         (["-o", "lr"], "'lr'", "key=value"),
         (["--recipe", "conv-adaptre"], "conv-adaptre", "conv-adapter"),
         (["-o", "schedule=cosin"], "cosin", "cosine"),
+        (["--lean", "exakt"], "exakt", "exact"),
+        (["--frozen-dtype", "bf61"], "bf61", "bf16"),
         (["--device", "gpu"], "gpu", "cuda"),
     ],
 )

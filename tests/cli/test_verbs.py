@@ -8,7 +8,7 @@ import pytest
 
 from torchgraft.errors import GraftError
 
-VERBS = ("demo", "train", "eval", "predict", "plan", "list", "inspect", "doctor")
+VERBS = ("demo", "train", "eval", "predict", "plan", "list", "inspect", "bench", "doctor")
 
 
 def test_help_names_every_verb_and_shows_examples(cli):

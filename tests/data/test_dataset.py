@@ -30,3 +30,28 @@ def test_a_subset_of_a_subset_keeps_pictures_labels_and_ids_together():
 def test_labels_that_do_not_match_the_pictures_are_refused():
     with pytest.raises(ValueError, match="5 pictures, 4 labels"):
         ImageDataset(ArrayPictures(np.zeros((5, 2, 2), np.uint8)), [0] * 4, ["x"] * 5)
+
+
+def test_the_fingerprint_tells_pixels_labels_names_and_order_apart():
+    prints = [make().fingerprint(), make(6).fingerprint(), make().subset([1, 0, 2, 3, 4]).fingerprint()]
+    other = make()
+    other.labels[0] = 1
+    prints.append(other.fingerprint())
+    other = make()
+    other._pictures.array[4, 0, 0] += 1
+    prints.append(other.fingerprint())
+    assert len(set(prints)) == 5
+    assert make().fingerprint() == prints[0]
+
+
+def test_the_fingerprint_of_a_source_that_tells_nothing_decodes_pictures():
+    class Silent(ArrayPictures):
+        stamp = None
+
+    def of(array):
+        return ImageDataset(Silent(array), [0] * len(array), [str(i) for i in range(len(array))]).fingerprint()
+
+    dark, one = np.zeros((3, 4, 4), np.uint8), np.zeros((3, 4, 4), np.uint8)
+    one[2] = 9
+    assert of(dark) == of(dark.copy())
+    assert of(dark) != of(one)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import torchgraft as tg
+from torchgraft.lean import saved
 
 from .cells import MOVED_START, SPECS, Cell, Gradients, assert_close, assert_same_gradients, disturb, loss
 from .families import FAMILIES, logits, network, rows, run
@@ -158,6 +159,24 @@ def test_gradient_checkpointing_keeps_the_gradients_and_counts_a_batch_once(cell
     assert [n for n, t in state.items() if not torch.equal(t, other[n])] == []
     if cell.method not in BEHIND:
         assert recomputed > plain
+
+
+def test_lean_layers_change_no_bit_of_any_gradient(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saved, "DROPPED_AS_NAN", True)  # what is dropped must not be read
+    found: dict[str | None, Gradients] = {}
+    for level in (None, "exact", "recompute", "checkpoint"):
+        cell.adapter.lean = level
+        tg.activate(cell.model, cell.adapter.name)
+        cell.model.train()
+        torch.manual_seed(0)  # a method's own dropout
+        found[level] = cell.gradients()
+        cell.model.eval()
+    cell.adapter.lean = "exact"
+    tg.activate(cell.model, cell.adapter.name)
+    plain = found.pop(None)
+    for level, gradients in found.items():
+        differing = [n for n, g in plain.items() if g is not None and not torch.equal(g, gradients[n])]  # type: ignore[arg-type]
+        assert differing == [], level
 
 
 def test_rows_routed_through_two_adapters_come_out_as_if_run_apart(cell: Cell) -> None:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from torchgraft.errors import GraftError
+from torchgraft.lean.install import LEVELS
 from torchgraft.tasks import TrainConfig, configure, parse_options
+from torchgraft.tasks.config import LeanLevel
 
 
 @pytest.mark.parametrize(
@@ -18,7 +21,8 @@ from torchgraft.tasks import TrainConfig, configure, parse_options
         ("lr", -1, "greater than 0"),
         ("epochs", 2.5, "a whole number"),
         ("epochs", 0, "greater than or equal to 1"),
-        ("lean", "maybe", "true or false"),
+        ("lean", "maybe", "'exact', 'recompute', 'checkpoint', 'compact' or 'off'"),
+        ("strict", "maybe", "true or false"),
         ("include", 3, "text or a list of texts"),
         ("augment", "strong", "'none', 'light' or 'standard'"),
         ("warmup", 1.5, "less than 1"),
@@ -57,6 +61,21 @@ def test_options_read_numbers_the_way_people_write_them(text, value):
 def test_none_means_no_value_except_where_it_is_a_name():
     config = TrainConfig(data="photos", **parse_options(["grad_clip=none", "head_lr=null", "augment=none"]))
     assert (config.grad_clip, config.head_lr, config.augment) == (None, None, "none")
+
+
+@pytest.mark.parametrize(
+    ("text", "level"),
+    [("true", "exact"), ("false", "off"), ("off", "off"), ("exact", "exact"), ("compact", "compact"), ("on", "exact")],
+)
+def test_lean_is_a_level_and_a_switch_as_it_once_was(text, level, tmp_path: Path):
+    (tmp_path / "old.yaml").write_text(f"lean: {text}\n")
+    assert configure("photos", recipe=tmp_path / "old.yaml").lean == level
+    assert TrainConfig(data="photos", **parse_options([f"lean={text}"])).lean == level
+    assert TrainConfig(data="photos", lean=text if text != "on" else True).lean == level
+
+
+def test_the_levels_of_lean_are_those_of_the_library():
+    assert get_args(LeanLevel) == (*LEVELS, "off")
 
 
 def test_an_option_without_equals_sign_shows_the_form():

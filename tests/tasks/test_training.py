@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import torchgraft as tg
 from torchgraft.backbones import create_backbone
 from torchgraft.errors import GraftError
-from torchgraft.tasks import ClassificationTask, TrainConfig, read_config, read_result, train
+from torchgraft.tasks import ClassificationTask, TrainConfig, evaluate, read_config, read_result, train
 from torchgraft.tasks.checkpoints import read_checkpoint
 from torchgraft.tasks.runs import RunFolder, run_folder
 
@@ -126,6 +126,9 @@ def test_training_leaves_the_callers_generators_as_they_were(tiny, tmp_path):
         {"augment": "standard", "label_smoothing": 0.1, "grad_clip": None, "keep": "last"},
         {"augment": "none", "accumulate": 2, "monitor": "val_loss", "channels_last": False},
         {"precision": "bf16-mixed", "lean": False, "deterministic": False},
+        {"frozen_dtype": "bf16", "lean": "checkpoint"},
+        {"frozen_dtype": "bf16", "precision": "bf16-mixed", "lean": "compact", "batchnorm": "adapt"},
+        {"lean": "recompute", "fold": False, "backbone": "test_convnext"},
         {"batchnorm": "train"},
         {"batchnorm": "adapt"},
     ],
@@ -224,6 +227,75 @@ def test_cuda_where_there_is_none_is_one_line(tiny, tmp_path, monkeypatch):
     with pytest.raises(GraftError, match="'cuda' was asked for, but PyTorch finds none") as error:
         train(tiny(out=tmp_path / "run", device="cuda"), progress=False)
     assert "\n" not in str(error.value)
+
+
+def test_lean_levels_that_promise_the_same_bits_end_with_the_same_adapter(finished, tiny, tmp_path):
+    first = tg.core.read_tensors(finished.out / "adapter")
+    assert finished.lean == "exact"
+    kept = {"exact": finished.saved_bytes}
+    for level in ("checkpoint", "off"):
+        result = train(tiny(out=tmp_path / level, lean=level), progress=False)
+        assert all(torch.equal(v, first[k]) for k, v in tg.core.read_tensors(result.out / "adapter").items())
+        kept[level] = result.saved_bytes
+    assert kept["exact"] < 0.5 * kept["off"]
+
+
+def test_what_a_batch_keeps_is_what_is_foretold(finished):
+    model = create_backbone("test_resnet", pretrained=False, image_size=32)
+    plan = tg.plan(model, "conv-adapter", 32, num_classes=3, batch=16)
+    assert finished.saved_bytes == pytest.approx(plan.saved["exact"], rel=0.05)
+
+
+def test_a_rounded_backbone_trains_float32_and_its_adapter_belongs_to_the_stored_one(finished, tiny, tmp_path):
+    result = train(tiny(out=tmp_path / "run", frozen_dtype="bf16"), progress=False)
+    assert result.frozen_dtype == "bf16"
+    assert result.accuracy > 0.6
+    assert result.saved_bytes < 0.6 * finished.saved_bytes
+    assert {t.dtype for t in tg.core.read_tensors(result.out / "adapter").values()} == {torch.float32}
+    state = read_checkpoint(result.out / "checkpoints" / "last.ckpt")
+    moments = [v for s in state["optimizer_states"][0]["state"].values() for v in s.values() if torch.is_tensor(v)]
+    assert {t.dtype for t in moments} == {torch.float32}
+    scores = evaluate(result.out, device="cpu")  # the float32 backbone, by its fingerprint
+    assert scores.confusion == result.confusion
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frozen_dtype": "bf16", "precision": "32"}, "leave precision out"),
+        ({"frozen_dtype": "bf16", "precision": "16-mixed"}, "computes in bf16"),
+        ({"frozen_dtype": "fp16", "precision": "bf16-mixed"}, "computes in fp16"),
+        ({"frozen_dtype": "fp16"}, "needs a GPU; use frozen_dtype=bf16"),
+    ],
+)
+def test_types_that_contradict_each_other_are_one_line_and_leave_no_folder(tiny, tmp_path, changes, message):
+    with pytest.raises(GraftError, match=message) as error:
+        train(tiny(out=tmp_path / "run", **changes), progress=False)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_before_the_levels_is_read_and_resumed_as_it_was(finished, tiny, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished.out, out)
+    (out / "summary.json").unlink()
+    settings = yaml.safe_load((out / "config.yaml").read_text())
+    for name in ("fold", "frozen_dtype"):
+        del settings[name]
+    settings |= {"lean": True, "channels_last": True, "precision": "32", "out": str(out)}
+    (out / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert read_config(out / "config.yaml").lean == "exact"
+    resumed = train(tiny(out=out), resume=True, progress=False)
+    assert resumed.confusion == finished.confusion
+    assert resumed.saved_bytes is None
+
+
+def test_a_summary_of_before_the_levels_is_read(finished, tmp_path):
+    record = json.loads((finished.out / "summary.json").read_text())
+    for name in ("lean", "frozen_dtype", "saved_bytes"):
+        del record[name]
+    (tmp_path / "summary.json").write_text(json.dumps(record))
+    assert read_result(tmp_path / "summary.json").saved_bytes is None
 
 
 def test_half_precision_on_the_processor_is_one_line(tiny, tmp_path):

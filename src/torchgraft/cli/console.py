@@ -75,9 +75,14 @@ def pairs(rows: Iterable[tuple[str, Any]]) -> None:
     _console().print(grid)
 
 
-def emit_json(payload: Any) -> None:
-    """Print the one JSON document of a verb; numbers that JSON lacks (nan, infinity) become null."""
-    sys.stdout.write(json.dumps(_plain(payload), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def emit_json(payload: Any, *, indent: int | None = 2) -> None:
+    """Print the one JSON document of a verb; numbers that JSON lacks (nan, infinity) become null.
+
+    Args:
+        payload: Plain data; what is not becomes text.
+        indent: Spaces per level; None: the whole document on one line, for logs that are read line by line.
+    """
+    sys.stdout.write(json.dumps(_plain(payload), indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
     sys.stdout.flush()
 
 

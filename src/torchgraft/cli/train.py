@@ -17,6 +17,8 @@ from .options import AsJson, Data, Device, ImageSize, Weights
 EXAMPLES = """\
 torchgraft train photos/ --backbone convnext_tiny --method conv-adapter
 torchgraft train photos/ --method "conv-adapter[reduction=8]" --epochs 20 --lr 0.002 --out runs/photos
+torchgraft train photos/ --frozen-dtype bf16 --lean recompute     in less memory
+torchgraft train photos/ --include "blocks[4:]" --augment none --cache-prefix   nothing runs twice for an image
 torchgraft train photos/ --shots 16 --seed 1        sixteen images of each class
 torchgraft train sample:counting --image-size 96    a data set that comes along
 torchgraft train photos/ --recipe mine.yaml -o weight_decay=0.01 -o schedule=constant
@@ -35,6 +37,47 @@ def run(
     lr: Annotated[float | None, typer.Option("--lr", metavar="RATE", help="Peak learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", metavar="N", help="Images in one step.")] = None,
     image_size: ImageSize = None,
+    lean: Annotated[
+        str | None,
+        typer.Option(
+            "--lean",
+            metavar="LEVEL",
+            help="What frozen layers keep for the backward. exact (default): what gradients need, bit-identical"
+            " gradients. recompute: bit-identical, normalisation and MLPs computed twice. checkpoint: bit-identical,"
+            " whole blocks computed twice. compact: 8-bit derivatives, bounded error. off: all. torchgraft plan"
+            " BACKBONE --json tells the bytes of each.",
+        ),
+    ] = None,
+    frozen_dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--frozen-dtype",
+            metavar="TYPE",
+            help="fp32 (default), bf16 or fp16 for frozen weights and activations; what trains is fp32 always.",
+        ),
+    ] = None,
+    channels_last: Annotated[
+        bool | None,
+        typer.Option("--channels-last/--no-channels-last", help="Channels-last memory; default: by the architecture."),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option("--include", metavar="SITES", help="Adapt these only: path, glob or address; can be repeated."),
+    ] = None,
+    augment: Annotated[
+        str | None, typer.Option("--augment", metavar="KIND", help="light (default), standard or none.")
+    ] = None,
+    cache_prefix: Annotated[
+        bool,
+        typer.Option(
+            "--cache-prefix",
+            help="Compute what lies below the first trained site once per image and keep it; with --augment none.",
+        ),
+    ] = False,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option("--cache-dir", metavar="DIR", help="Where to keep it, for several runs; default: the run folder."),
+    ] = None,
     shots: Annotated[
         int | None, typer.Option("--shots", metavar="K", help="Use K training images of each class.")
     ] = None,
@@ -74,6 +117,13 @@ def run(
         "lr": lr,
         "batch_size": batch_size,
         "image_size": image_size,
+        "lean": lean,
+        "frozen_dtype": frozen_dtype,
+        "channels_last": channels_last,
+        "include": include or None,
+        "augment": augment,
+        "cache_prefix": True if cache_prefix else None,
+        "cache_dir": cache_dir,
         "shots": shots,
         "seed": seed,
         "out": out,
@@ -119,6 +169,15 @@ def _is_first_process() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
 
 
+def _kept(result: Any) -> list[tuple[str, str]]:
+    """The row about what a batch keeps for the backward; none where no batch was counted."""
+    from torchgraft.tasks.quantities import size
+
+    if result.saved_bytes is None:
+        return []
+    return [("kept for the backward", f"{size(result.saved_bytes)} a batch (lean: {result.lean})")]
+
+
 def _show(result: Any) -> None:
     from torchgraft.tasks.quantities import duration, interval, percent, size
 
@@ -136,6 +195,7 @@ def _show(result: Any) -> None:
             ("adapter on disk", size(result.adapter_bytes)),
             ("time", duration(result.seconds)),
             ("peak memory", size(result.peak_rss_mb * 1e6)),
+            *_kept(result),
             ("report", result.out / "report.html"),
         ]
     )

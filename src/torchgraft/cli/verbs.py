@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
-from . import demo, doctor, evaluate, inspect, listing, plan, predict, train
+from . import bench, demo, doctor, evaluate, inspect, listing, plan, predict, train
 from .console import TERMINAL
 from .failures import report_failure
 
@@ -22,8 +24,12 @@ VERBS = (
     ("list", listing),
     ("inspect", inspect),
     ("doctor", doctor),
+    ("bench", bench),
 )
-"""Name of a verb and the module with its function ``run`` and its ``EXAMPLES``, in the order of the help."""
+"""Name of a verb and the module with its function ``run`` and its ``EXAMPLES``, in the order of the help.
+
+A module with ``COMMANDS`` in place of ``run`` is a group: the verbs are the modules beside it with these names.
+"""
 
 EXAMPLES = """\
 torchgraft demo                        see it work on real weights and pictures
@@ -34,7 +40,15 @@ torchgraft doctor                      is everything in place?
 torchgraft VERB --help                 options and examples of one verb"""
 
 
-class VerbGroup(TyperGroup):
+class CommandGroup(TyperGroup):
+    """A group of verbs; its examples keep their lines in the help."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the examples line by line (the base class would join them into paragraphs)."""
+        _write_examples(self.epilog, formatter)
+
+
+class VerbGroup(CommandGroup):
     """The verbs as a group that turns exceptions into one line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -47,10 +61,6 @@ class VerbGroup(TyperGroup):
                 raise
             raise typer.Exit(code) from None
 
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write the examples line by line (the base class would join them into paragraphs)."""
-        _write_examples(self.epilog, formatter)
-
 
 class VerbCommand(TyperCommand):
     """One verb; its examples keep their lines in the help."""
@@ -60,15 +70,19 @@ class VerbCommand(TyperCommand):
         _write_examples(self.epilog, formatter)
 
 
-app = typer.Typer(
-    cls=VerbGroup,
-    name="torchgraft",
-    no_args_is_help=True,
-    # Boxes and colours are for people at a terminal; a pipe or a log file gets plain lines.
-    rich_markup_mode="rich" if TERMINAL else None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["--help", "-h"]},
-)
+def _group(kind: type[TyperGroup], **settings: Any) -> typer.Typer:
+    return typer.Typer(
+        cls=kind,
+        no_args_is_help=True,
+        # Boxes and colours are for people at a terminal; a pipe or a log file gets plain lines.
+        rich_markup_mode="rich" if TERMINAL else None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["--help", "-h"]},
+        **settings,
+    )
+
+
+app = _group(VerbGroup, name="torchgraft")
 
 
 def main() -> None:
@@ -111,7 +125,17 @@ def _options(
     """Adapt one frozen, pretrained vision backbone to many tasks by training a few per cent of it."""
 
 
+def _register(group: typer.Typer, name: str, module: ModuleType) -> None:
+    """Add the verb that ``module`` holds, or the group of verbs that its ``COMMANDS`` name."""
+    epilog = _examples(module.EXAMPLES)
+    if not hasattr(module, "COMMANDS"):
+        group.command(name, cls=VerbCommand, help=_reflowed(module.run.__doc__), epilog=epilog)(module.run)
+        return
+    inner = _group(CommandGroup, help=_reflowed(module.HELP), epilog=epilog)
+    for command in module.COMMANDS:
+        _register(inner, command, import_module(f"{module.__name__}.{command}"))
+    group.add_typer(inner, name=name)
+
+
 for _name, _module in VERBS:
-    app.command(_name, cls=VerbCommand, help=_reflowed(_module.run.__doc__), epilog=_examples(_module.EXAMPLES))(
-        _module.run
-    )
+    _register(app, _name, _module)

@@ -45,7 +45,8 @@ class Adapter:
         model: The backbone it is attached to.
         num_classes: Outputs of its own head; None when it uses the backbone's classifier.
         batchnorm: BatchNorm policy.
-        lean: Level of the lean layers while it is active; None: none.
+        lean: Level of the lean layers while it is active, None for none; another one counts from the next
+            :func:`activate` on, as for ``fold``.
         fold: Whether norms are computed in the weights before them while it is trained.
         sites: The sites it acts at.
         parked: Tensors of sites that this model lacks (a classifier's head on a feature extractor); they are

@@ -198,7 +198,7 @@ class _Starts:
 class _Skips:
     """A module in front of the cut: does not run."""
 
-    swap_rank = -2
+    swap_rank = -3
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         passage, path = self.__dict__[_STATE]
@@ -210,7 +210,7 @@ class _Skips:
 class _Feeds:
     """The module at the cut: its input or its output is what was given."""
 
-    swap_rank = -2
+    swap_rank = -3
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         passage: _Passage = self.__dict__[_STATE][0]
@@ -223,7 +223,7 @@ class _Feeds:
 class _Stops:
     """The module at the cut, where only the way there is wanted."""
 
-    swap_rank = -2
+    swap_rank = -3
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cut: Cut = self.__dict__[_STATE][0].cut

@@ -53,7 +53,9 @@ def parts_of(anatomy: Anatomy) -> Parts:
     return Parts(tuple(dict.fromkeys(mlps)), tuple(blocks), pairs)
 
 
-def settle_memory(model: nn.Module, level: str | None, parts: Parts, placements: list[Placement], *, fold: bool) -> None:
+def settle_memory(
+    model: nn.Module, level: str | None, parts: Parts, placements: list[Placement], *, fold: bool
+) -> None:
     """Give ``model`` the lean layers of ``level`` (None: none) and, with ``fold``, folded norms.
 
     Args:

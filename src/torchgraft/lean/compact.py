@@ -23,7 +23,7 @@ _RANGES = {"GELU": (-0.13, 1.13), "SiLU": (-0.10, 1.10), "Mish": (-0.12, 1.10)}
 
 
 class CompactSmooth(Elementwise):
-    """A smooth activation of which the derivative is kept in 8 bits; nothing, where its input follows from a kept one."""
+    """A smooth activation: its derivative is kept in 8 bits, or nothing where its input follows from a kept one."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape."""
@@ -63,7 +63,7 @@ class CompactInput(Lean):
     def forward(self, x: Tensor) -> Tensor:
         """As the layer."""
         weight = self._parameters.get("weight")
-        if torch.compiler.is_compiling() or not self._acts(x) and not _trains(weight) or weight is None:
+        if torch.compiler.is_compiling() or (not self._acts(x) and not _trains(weight)) or weight is None:
             return super().forward(x)  # type: ignore[misc, no-any-return]
         outer, storage = outer_hooks(), x.untyped_storage()._cdata
         axis = 1 if weight.dim() > 2 else -1

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..swap import has_layer, original_class, swap, unswap
 from .hooks import acts
-from .saved import Layout, Packed, Reference, pop, push, unpack
+from .saved import Layout, Packed, keep, outer_hooks, pop, push, unpack
 
 _PAYS = 4
 """The output must have so many times the elements of the weight."""
@@ -69,14 +69,16 @@ class FoldsNorm:
             return super().forward(x)  # type: ignore[misc, no-any-return]
         weight, bias = _product(bond)
         if isinstance(self, Conv2dSame):
-            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+            x = pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation))
+        other = x.shape != weight.shape
         drops = self.__dict__.get("_lean_plain") is not None
 
         def pack(t: Tensor) -> Packed:
-            if t.shape == weight.shape:
-                return _Product(bond) if t.untyped_storage()._cdata == weight.untyped_storage()._cdata else Reference(t)
-            return Layout(t) if drops else Reference(t)
+            if t.shape == weight.shape and other:
+                return _Product(bond, t.dtype)
+            return Layout(t) if drops and other else keep(t, outer)
 
+        outer = outer_hooks()
         push(pack, unpack)
         try:
             return self._conv_forward(x, weight, bias)  # type: ignore[no-any-return]
@@ -100,14 +102,14 @@ class FoldedNorm:
 class _Product:
     """The folded weight, to be made again."""
 
-    __slots__ = ("bond",)
+    __slots__ = ("bond", "dtype")
 
-    def __init__(self, bond: _Bond) -> None:
-        self.bond = bond
+    def __init__(self, bond: _Bond, dtype: torch.dtype) -> None:
+        self.bond, self.dtype = bond, dtype
 
     def unpack(self) -> Tensor:
         with torch.no_grad():
-            return _product(self.bond)[0]
+            return _product(self.bond)[0].to(self.dtype)
 
 
 def foldable(conv: nn.Module, norm: nn.Module) -> bool:

@@ -28,7 +28,7 @@ def _is_eager() -> bool:
 
 
 class Watched:
-    """In front of a module in which something trainable keeps its input: handles in place of copies where they serve."""
+    """In front of a module in which something trainable keeps its input: handles serve there in place of copies."""
 
     swap_rank = -2
 

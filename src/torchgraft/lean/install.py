@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -71,7 +72,7 @@ def make_lean(
         if layer is None:
             continue
         swap(module, layer)
-        module.__dict__["_lean_plain"] = original_class(module).forward in PLAIN_FORWARDS
+        module.__dict__["_lean_plain"] = _own_forward(module) in PLAIN_FORWARDS
     for module in (*places, *(m for m in inner if is_attention(m))):
         swap(module, Watched)
     for module in again:
@@ -106,6 +107,11 @@ def unwatch(module: nn.Module) -> None:
         unswap(module, Watched)
 
 
+def _own_forward(module: nn.Module) -> Any:
+    own: Any = original_class(module)
+    return own.forward
+
+
 def pause(module: nn.Module, off: bool) -> None:
     """Let a layer run as it is (``off``), because its own weight is trained or changed, or be lean again."""
     if off:
@@ -114,5 +120,7 @@ def pause(module: nn.Module, off: bool) -> None:
         module.__dict__.pop("_lean_off", None)
 
 
-PLAIN_FORWARDS = {layer.forward for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)}
+PLAIN_FORWARDS = {
+    layer.forward for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+}
 """Forwards that are one operator on the layer's parameters, for the compiled form."""

@@ -18,8 +18,9 @@ from . import layers as lean
 
 _CONVS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    *(tl.Conv2dSame, tl.StdConv2d, tl.StdConv2dSame, tl.ScaledStdConv2d, tl.ScaledStdConv2dSame),
+    tl.Conv2dSame,
 )
+_STANDARDISED = (tl.StdConv2d, tl.StdConv2dSame, tl.ScaledStdConv2d, tl.ScaledStdConv2dSame)
 _NORMS = (
     *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
     *(tl.LayerNorm, tl.LayerNorm2d, tl.LayerNormFp32, tl.LayerNorm2dFp32),
@@ -29,14 +30,23 @@ _SMOOTH = (
     *(nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish),
     *(tl.GELU, tl.GELUTanh, tl.QuickGELU, tl.Swish, tl.Mish, tl.HardSwish),
 )
-_TRANSFORMERS_SMOOTH = {"GELUActivation", "SiLUActivation", "QuickGELUActivation", "NewGELUActivation", "FastGELUActivation"}
+_TRANSFORMERS_SMOOTH = {
+    "GELUActivation",
+    "SiLUActivation",
+    "QuickGELUActivation",
+    "NewGELUActivation",
+    "FastGELUActivation",
+}
 
 _SMOOTH_FORWARDS = {kind.forward for kind in _SMOOTH}
 
 _BY_FORWARD: dict[Callable[..., Any], type] = {
     **{kind.forward: lean.LeanConv for kind in _CONVS},
+    **{kind.forward: lean.LeanStdConv for kind in _STANDARDISED},
     **{kind.forward: lean.LeanLinear for kind in (nn.Linear, tl.Linear)},
-    **{kind.forward: lean.LeanBatchNorm for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, tl.BatchNormAct2d)},
+    **{
+        kind.forward: lean.LeanBatchNorm for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, tl.BatchNormAct2d)
+    },
     **{kind.forward: lean.Elementwise for kind in (*_NORMS, *_SMOOTH)},
     nn.ReLU.forward: lean.LeanReLU,
     nn.Hardtanh.forward: lean.LeanHardtanh,

@@ -14,13 +14,13 @@ import math
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .compiled import can_drop_input, frozen_batch_norm, frozen_conv
 from .hooks import acts
 from .masks import Bits
 from .pooling import pack_dropout, pack_indices
-from .saved import Layout, Packed, Reference, derive, keep_or_derive, origin_of, outer_hooks, pop, push, unpack
+from .saved import Layout, Packed, Reference, derive, keep, keep_or_derive, origin_of, outer_hooks, pop, push, unpack
 
 
 class Lean:
@@ -61,17 +61,21 @@ class CastWeight:
         return cast.as_strided(self.shape, self.stride, self.offset)
 
 
-def _kept_weight(t: Tensor, weight: Tensor) -> Packed:
-    """What stands for ``t``, which is the weight, a view of it or a copy in another type."""
+def _kept_weight(t: Tensor, weight: Tensor, outer: Any, computed: bool = False) -> Packed:
+    """What stands for ``t``: the weight, a view of it, a copy in another type, or what the layer ``computed`` of it."""
     storage = t.untyped_storage()
-    copied = t.dtype != weight.dtype and storage.nbytes() == weight.numel() * t.element_size()
+    if storage._cdata == weight.untyped_storage()._cdata:
+        return Reference(t)
+    copied = not computed and t.dtype != weight.dtype and storage.nbytes() == weight.numel() * t.element_size()
     if copied and weight.is_contiguous() and weight.dtype.itemsize > t.dtype.itemsize:
         return CastWeight(t, weight)
-    return Reference(t)
+    return keep(t, outer)
 
 
 class LeanConv(Lean):
     """A frozen convolution of any kind: its input is dropped."""
+
+    computes_weight: ClassVar[bool] = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the layer; any extra arguments (the output size of a transposed convolution) are its own."""
@@ -83,9 +87,11 @@ class LeanConv(Lean):
         if weight is None or not self._acts(x):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
+        outer = outer_hooks()
+
         def pack(t: Tensor) -> Packed:
             if t.dim() < weight.dim() or t.shape == weight.shape:
-                return _kept_weight(t, weight)
+                return _kept_weight(t, weight, outer, self.computes_weight)
             return Layout(t)
 
         push(pack, unpack)
@@ -93,6 +99,12 @@ class LeanConv(Lean):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         finally:
             pop()
+
+
+class LeanStdConv(LeanConv):
+    """One that standardises its weight in every forward; that weight is kept."""
+
+    computes_weight: ClassVar[bool] = True
 
 
 class LeanLinear(Lean):
@@ -106,8 +118,10 @@ class LeanLinear(Lean):
         if not torch.is_autocast_enabled(x.device.type):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
+        outer = outer_hooks()
+
         def pack(t: Tensor) -> Packed:
-            return _kept_weight(t, weight)
+            return _kept_weight(t, weight, outer)
 
         push(pack, unpack)
         try:

@@ -49,7 +49,7 @@ class _Run:
 
     def __init__(self, forward: Any, args: Any, kwargs: Any, own: set[int], training: bool) -> None:
         self.forward, self.own, self.count = forward, own, 0
-        self.given = (args, kwargs)
+        self.given: Any = (args, kwargs)
         self.outer = outer_hooks()
         self.inputs: Any = None
         self.values: dict[int, Tensor] = {}
@@ -79,9 +79,7 @@ class _Run:
     def _again(self) -> None:
         kept, spec = self.inputs
         alive: list[Tensor] = []
-        leaves = [
-            restored(x[0], alive).detach().requires_grad_(x[1]) if isinstance(x, tuple) else x for x in kept
-        ]
+        leaves = [restored(x[0], alive).detach().requires_grad_(x[1]) if isinstance(x, tuple) else x for x in kept]
         args, kwargs = tree_unflatten(leaves, spec)
         count = 0
 

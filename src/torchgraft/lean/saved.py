@@ -118,7 +118,7 @@ class _Origin:
     out: Any  # weakref to it
     version: int
     stride: tuple[int, ...]
-    offset: int
+    offset: Any
     recipe: Recipe
     source: Tensor
 

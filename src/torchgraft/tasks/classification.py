@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..core import Adapter
 from ..errors import GraftError
+from ..lean.meter import saved_bytes
 from .batches import STEP, Batches, seed_everything
 from .config import TrainConfig
 from .metrics import Scores
@@ -32,6 +33,10 @@ class ClassificationTask(L.LightningModule):
         num_classes: K.
         config: Optimiser, schedule and loss.
         total_steps: Optimiser steps of the whole run.
+
+    Attributes:
+        saved_bytes: What autograd kept for the backward of the first batch, parameters and images not counted; None
+            before that batch.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class ClassificationTask(L.LightningModule):
         self.total_steps = total_steps
         self.train_scores = Scores(num_classes)
         self.val_scores = Scores(num_classes)
+        self.saved_bytes: int | None = None
         self._unchecked: tuple[int, Tensor] | None = None
 
     @property
@@ -78,7 +84,7 @@ class ClassificationTask(L.LightningModule):
         """Cross-entropy of one batch; the scores are those of the augmented images, without smoothing."""
         self.check_finite()
         images, labels = batch
-        logits = self(images)
+        logits = self(images) if self.saved_bytes is not None else self._counted(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
         self._unchecked = (self.global_step, loss.detach())
         self._score("train", self.train_scores, logits, labels)
@@ -110,6 +116,13 @@ class ClassificationTask(L.LightningModule):
         (step, loss), self._unchecked = self._unchecked, None
         if not torch.isfinite(loss):
             raise GraftError(self._diverged("the training loss", loss.item(), step))
+
+    def _counted(self, images: Tensor) -> Tensor:
+        """The logits, with a look at what is kept for the backward."""
+        held: list[Tensor] = []
+        own = (*self.model.parameters(), *self.model.buffers(), images)
+        self.saved_bytes = saved_bytes(lambda: held.append(self(images)), own)
+        return held[0]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What a checkpoint holds of the model: the adapter's tensors."""

@@ -20,6 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..errors import GraftError, nearest
 from ..recipes import default_recipe, load_recipe
 
+LeanLevel = Literal["exact", "recompute", "checkpoint", "compact", "off"]
+"""How little a frozen layer keeps, named by what it promises; see :func:`torchgraft.attach`."""
+
 
 class TrainConfig(BaseModel):
     """Settings of one classification run. Frozen; unknown names are refused.
@@ -45,7 +48,18 @@ class TrainConfig(BaseModel):
     batchnorm: Literal["frozen", "adapt", "train"] = Field(
         "frozen", description="BatchNorm statistics: kept, re-estimated into the adapter, or as in training"
     )
-    lean: bool = Field(True, description="keep only the activations that the gradients need (exact)")
+    lean: LeanLevel = Field(
+        "exact",
+        description="what is kept for the backward: exact (only what the gradients need, the same bits), recompute"
+        " (MLPs computed twice, the same bits), checkpoint (blocks computed twice, the same bits), compact (8-bit"
+        " derivatives, bounded error), off",
+    )
+    fold: bool = Field(
+        True, description="compute BatchNorms inside the convolution ahead of them (outputs move by rounding, 1e-6)"
+    )
+    frozen_dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="type of the frozen weights and of the activations; what trains is fp32 always"
+    )
 
     epochs: int = Field(15, ge=1, description="passes over the training images, with a validation after each")
     min_epoch_steps: int = Field(
@@ -84,6 +98,13 @@ class TrainConfig(BaseModel):
         description="training images: mirrored and shifted a little, timm's random resized crops, or none",
     )
     mirror: bool | None = Field(None, description="does a mirrored image keep its class? none: ask the data")
+    cache_prefix: bool = Field(
+        False, description="compute what lies below the first trained site once per image and keep it; augment=none"
+    )
+    cache_dtype: Literal["float16", "float32"] = Field("float16", description="type in which cache_prefix keeps it")
+    cache_dir: Path | None = Field(
+        None, description="folder of what cache_prefix keeps, shared by runs; none: the run's own"
+    )
     shots: int | None = Field(None, ge=1, description="training images a class (few-shot); none: all")
     val_fraction: float = Field(0.2, gt=0, lt=1, description="share of train used as val where data has none")
     strict: bool = Field(False, description="stop at an unreadable image instead of leaving it out")
@@ -92,8 +113,12 @@ class TrainConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to compute")
     devices: int = Field(1, ge=1, description="how many of them (data parallel)")
     strategy: Literal["auto", "ddp", "ddp_spawn"] = Field("auto", description="how several devices cooperate")
-    precision: Literal["32", "bf16-mixed", "16-mixed"] = Field("32", description="arithmetic of training")
-    channels_last: bool = Field(True, description="channels-last memory, faster for convolutions")
+    precision: Literal["32", "bf16-mixed", "16-mixed"] | None = Field(
+        None, description="arithmetic of training; none: 32, or that of frozen_dtype"
+    )
+    channels_last: bool | None = Field(
+        None, description="channels-last memory, faster for convolutions; none: by the architecture"
+    )
     deterministic: bool = Field(True, description="the same bits each time on the same CUDA device")
     workers: int | None = Field(
         None, ge=0, description="processes that load images; none: 0 on cpu and mps, up to 8 with cuda"
@@ -121,6 +146,13 @@ class TrainConfig(BaseModel):
             else value
             for key, value in values.items()
         }
+
+    @field_validator("lean", mode="before")
+    @classmethod
+    def _lean_switch(cls, value: Any) -> Any:
+        """YAML reads ``off`` as false, and a switch is what `lean` once was."""
+        switches = {True: "exact", "true": "exact", False: "off", "false": "off"}
+        return switches.get(value, value) if isinstance(value, (bool, str)) else value
 
     @field_validator("precision", mode="before")
     @classmethod

@@ -80,7 +80,7 @@ def adapter_folder(path: str | Path) -> Path:
 
 
 def load_classifier(
-    path: str | Path, *, weights: str | Path | None = None, device: str = "auto", channels_last: bool = True
+    path: str | Path, *, weights: str | Path | None = None, device: str = "auto", channels_last: bool | None = None
 ) -> Classifier:
     """Rebuild the classifier that a training run saved.
 
@@ -88,7 +88,7 @@ def load_classifier(
         path: Run folder or adapter folder.
         weights: Weights of the backbone, where they are not where they were in training.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-        channels_last: Memory format of the model.
+        channels_last: Memory format of the model; None: by the architecture.
 
     Raises:
         GraftError: The folder is no classifier's, or the backbone's weights are not there.
@@ -115,6 +115,8 @@ def load_classifier(
         )
         adapter = core.load(model, folder)
     model.eval().to(target)
+    if channels_last is None:
+        channels_last = core.prefers_channels_last(model)
     if channels_last:
         model.to(memory_format=torch.channels_last)
     return Classifier(model, adapter, classes, eval_transform_from(transform), task, target, channels_last)

@@ -189,10 +189,17 @@ def _costs(result: RunResult) -> list[dict[str, str]]:
         ("images a second", f"{result.images_per_second:,.1f}"),
         ("peak memory of the process", size(result.peak_rss_mb * 1e6)),
     ]
+    if result.saved_bytes is not None:
+        rows.append(("kept for the backward of a batch", f"{size(result.saved_bytes)} ({_how_kept(result)})"))
     if result.peak_cuda_mb is not None:
         rows.append(("peak memory on the GPU", size(result.peak_cuda_mb * 1e6)))
     rows.append(("epoch that was kept", f"{result.best_epoch} of {result.epochs}"))
     return [{"name": name, "value": value} for name, value in rows]
+
+
+def _how_kept(result: RunResult) -> str:
+    rounded = "" if result.frozen_dtype == "fp32" else f", frozen part in {result.frozen_dtype}"
+    return f"lean: {result.lean}{rounded}"
 
 
 def _both(draw: Callable[[Theme], Figure]) -> dict[str, str]:

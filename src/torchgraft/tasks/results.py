@@ -120,6 +120,10 @@ class RunResult:
         peak_cuda_mb: Largest memory on the CUDA device, MB; None elsewhere.
         stopped_early: Whether early stopping ended the run.
         history: One record per epoch, as in metrics.csv.
+        lean: What the frozen layers were told to keep for the backward.
+        frozen_dtype: Type of the frozen weights.
+        saved_bytes: What autograd kept for the backward of the first batch, on one device, without parameters and
+            images; None for a run that had no step left to make.
     """
 
     out: Path
@@ -153,6 +157,9 @@ class RunResult:
     peak_cuda_mb: float | None
     stopped_early: bool
     history: list[dict[str, Any]] = field(default_factory=list)
+    lean: str = "off"
+    frozen_dtype: str = "fp32"
+    saved_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain lists, numbers and texts."""

@@ -7,6 +7,7 @@
 ``events...``         the same for TensorBoard
 ``checkpoints/``      last.ckpt, best.ckpt: adapter, optimiser and position only
 ``train_ids.json``    the images that few-shot training drew
+``prefix-cache/``     activations of the images, with ``cache_prefix``; stays when a run is overwritten
 ``adapter/``          the result, for `torchgraft.load`
 ``summary.json``      the `RunResult`
 ====================  ===========================================================
@@ -38,7 +39,9 @@ _PATTERNS = ("events.out.tfevents.*", ".*.part")
 _FOLDERS = ("checkpoints", "adapter", "report")
 
 # Settings that say where and how fast to compute, not what; they may change when a run is resumed.
-_FREE = frozenset({"out", "workers", "device", "checkpoint_every"})
+_FREE = frozenset({"out", "workers", "device", "checkpoint_every", "cache_dir"})
+# Settings that can be left open; a run that is resumed goes on with what it was started with.
+_OPEN = ("channels_last", "precision")
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,11 @@ class RunFolder:
     def adapter(self) -> Path:
         """The finished adapter's folder."""
         return self.path / "adapter"
+
+    @property
+    def prefix_cache(self) -> Path:
+        """Activations of the images below the first trained site."""
+        return self.path / "prefix-cache"
 
     @property
     def train_ids(self) -> Path:
@@ -109,6 +117,17 @@ class RunFolder:
         elif not overwrite:
             raise GraftError(f"out: {self.path} holds a run already; choose another folder, resume or overwrite")
 
+    def settled(self, config: TrainConfig) -> TrainConfig:
+        """The settings, with those that are left open as the run that is here was started with.
+
+        Raises:
+            GraftError: The run's own settings cannot be read.
+        """
+        if not self.is_run():
+            return config
+        before = read_config(self.config)
+        return config.model_copy(update={n: getattr(before, n) for n in _OPEN if getattr(config, n) is None})
+
     def create(self, config: TrainConfig, *, resume: bool) -> None:
         """Write ``config.yaml``; without ``resume`` first remove what an earlier run left.
 
@@ -137,7 +156,7 @@ class RunFolder:
     def _check_same(self, config: TrainConfig) -> None:
         before, now = (c.model_dump(mode="json") for c in (read_config(self.config), config))
         for name, value in before.items():
-            if name not in _FREE and now[name] != value:
+            if name not in _FREE and now[name] != value and not (name in _OPEN and now[name] is None):
                 raise GraftError(
                     f"resume: {name} was {value!r} in {self.path} and is {now[name]!r} now;"
                     " give the same settings or start another run"

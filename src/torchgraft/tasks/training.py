@@ -7,21 +7,24 @@ functions of seed and position (see `torchgraft.tasks.batches`), and the rest is
 
 from __future__ import annotations
 
+import contextlib
 import statistics
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
+from rich.console import Console
 from torch import nn
 
 from .. import core
 from ..backbones import create_backbone
 from ..core import Adapter
 from ..data import ClassificationData, ImageDataset, Transforms, load_data, transforms_for
-from ..errors import GraftError
+from .arithmetic import trainer_precision
 from .batches import ADAPTER, BACKBONE, Batches, eval_batch_size, seed_everything
 from .budget import budget
 from .checkpoints import (
@@ -37,6 +40,7 @@ from .devices import check_devices, is_first_process, pick_device
 from .history import History, peak_cuda_mb, peak_rss_mb
 from .inference import Classifier, mistakes, predict_logits
 from .metrics import Report, report
+from .prefix_cache import check_cache_settings, prefix_cache
 from .progress import ProgressDisplay
 from .results import RunResult, read_result
 from .runs import RunFolder, check_same_data, describe_environment, run_folder, write_json
@@ -66,22 +70,26 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
         folder.check(config, resume=resume, overwrite=overwrite)
         if resume and folder.summary.is_file():
             return read_result(folder.summary)
+    if resume:
+        config = folder.settled(config)
     device = pick_device(config.device)
     check_devices(device, config.devices)
-    if device.type == "cpu" and config.precision == "16-mixed":
-        raise GraftError("precision '16-mixed' needs a GPU; use precision=bf16-mixed or precision=32 on the cpu")
+    # A combination that makes no sense is told before the images are read.
+    trainer_precision(config, device)
+    check_cache_settings(config)
     with isolate_rng(), deterministic(config.deterministic):
         job = _prepare(config)
         if leader:
             folder.create(config, resume=resume)
             _describe(folder, job, resume=resume)
-        run = _fit(job, folder, device, resume=resume, progress=progress)
+        with _from_cache(job, folder, device, progress=progress) as source:
+            run = _fit(source, folder, device, resume=resume, progress=progress)
         return _finish(job, folder, device, run)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """Everything that is made before training starts."""
+    """Everything that is made before training starts; ``config.channels_last`` is decided."""
 
     config: TrainConfig
     data: ClassificationData
@@ -103,6 +111,7 @@ class _Fit:
     history: History
     checkpoints: RunCheckpoints
     steps: int
+    saved_bytes: int | None
     stopped_early: bool
 
 
@@ -115,28 +124,41 @@ def _prepare(config: TrainConfig) -> _Job:
         strict=config.strict,
         val_fraction=config.val_fraction,
     )
-    # Random weights (pretrained=False) must come back when the adapter is loaded.
-    seed_everything(BACKBONE, config.seed)
-    model = create_backbone(
-        config.backbone, weights=config.weights, pretrained=config.pretrained, image_size=config.image_size
-    )
+    model = _backbone(config)
     mirror = data.mirror if config.mirror is None else config.mirror
     transforms = transforms_for(model, image_size=config.image_size, mirror=mirror, augment=config.augment)
     # The backbone's own classifier is replaced by the adapter's head, so it does not count.
     backbone_params = sum(p.numel() for p in model.parameters()) - _classifier_size(model)
     seed_everything(ADAPTER, config.seed)
-    adapter = core.attach(
-        model,
-        config.method,
-        num_classes=len(data.classes),
-        include=config.include,
-        exclude=config.exclude,
-        batchnorm=config.batchnorm,
-        lean=config.lean,
-    )
+    adapter = _attach(model, config, len(data.classes), config.lean)
+    if config.channels_last is None:
+        config = config.model_copy(update={"channels_last": core.prefers_channels_last(model)})
+    if config.frozen_dtype != "fp32":
+        core.cast_frozen(model, config.frozen_dtype)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     return _Job(config, data, transforms, model, adapter, backbone_params)
+
+
+def _attach(model: nn.Module, config: TrainConfig, classes: int, lean: str) -> Adapter:
+    return core.attach(
+        model,
+        config.method,
+        num_classes=classes,
+        include=config.include,
+        exclude=config.exclude,
+        batchnorm=config.batchnorm,
+        lean=lean,
+        fold=config.fold,
+    )
+
+
+def _backbone(config: TrainConfig) -> nn.Module:
+    # Random weights (pretrained=False) must come back when the adapter is loaded.
+    seed_everything(BACKBONE, config.seed)
+    return create_backbone(
+        config.backbone, weights=config.weights, pretrained=config.pretrained, image_size=config.image_size
+    )
 
 
 def _describe(folder: RunFolder, job: _Job, *, resume: bool) -> None:
@@ -149,6 +171,17 @@ def _describe(folder: RunFolder, job: _Job, *, resume: bool) -> None:
     write_json(folder.environment, environment)
     if job.config.shots is not None:
         write_json(folder.train_ids, job.data.train.ids)
+
+
+@contextlib.contextmanager
+def _from_cache(job: _Job, folder: RunFolder, device: torch.device, *, progress: bool) -> Iterator[_Job]:
+    """The job on kept activations instead of images, where that is asked for; the model takes them inside."""
+    if not job.config.cache_prefix:
+        yield job
+        return
+    console = Console(stderr=True) if progress and is_first_process() else None
+    with prefix_cache(job.model, job.data, job.transforms, job.config, folder.prefix_cache, device, console) as cached:
+        yield replace(job, data=cached.data, transforms=cached.transforms, config=cached.config)
 
 
 def _fit(job: _Job, folder: RunFolder, device: torch.device, *, resume: bool, progress: bool) -> _Fit:
@@ -169,7 +202,7 @@ def _fit(job: _Job, folder: RunFolder, device: torch.device, *, resume: bool, pr
             accelerator=device.type,
             devices=config.devices,
             strategy=config.strategy,
-            precision=config.precision,
+            precision=trainer_precision(config, device),
             max_epochs=length.epochs,
             accumulate_grad_batches=config.accumulate,
             gradient_clip_val=config.grad_clip,
@@ -186,7 +219,7 @@ def _fit(job: _Job, folder: RunFolder, device: torch.device, *, resume: bool, pr
         )
         trainer.fit(task, datamodule=loaders, ckpt_path=restart, weights_only=True)
     stopped = bool(patience) and patience[0].wait_count >= patience[0].patience
-    return _Fit(history, checkpoints, trainer.global_step, stopped)
+    return _Fit(history, checkpoints, trainer.global_step, task.saved_bytes, stopped)
 
 
 def _finish(job: _Job, folder: RunFolder, device: torch.device, run: _Fit) -> RunResult:
@@ -195,10 +228,13 @@ def _finish(job: _Job, folder: RunFolder, device: torch.device, run: _Fit) -> Ru
     if (config.keep or ("best" if config.early_stopping else "last")) == "best":
         adapter.load_state_dict(read_checkpoint(run.checkpoints.best_path)["state_dict"])
         best_epoch = run.checkpoints.best_epoch
-    model = job.model.eval().to(device)
     classes = job.data.classes
+    model = job.model
+    if config.frozen_dtype != "fp32":
+        model, adapter = _on_stored_backbone(job)
+    model.eval().to(device)
     classifier = Classifier(
-        model, adapter, classes, job.transforms.eval, {}, device, channels_last=config.channels_last
+        model, adapter, classes, job.transforms.eval, {}, device, channels_last=bool(config.channels_last)
     )
     part, held_out = job.held_out
     scores, logits = _score(classifier, held_out, config)
@@ -238,10 +274,21 @@ def _finish(job: _Job, folder: RunFolder, device: torch.device, run: _Fit) -> Ru
         peak_cuda_mb=peak_cuda_mb(),
         stopped_early=run.stopped_early,
         history=run.history.rows,
+        lean=config.lean,
+        frozen_dtype=config.frozen_dtype,
+        saved_bytes=run.saved_bytes,
     )
     if is_first_process():
         write_json(folder.summary, result.to_dict())
     return result
+
+
+def _on_stored_backbone(job: _Job) -> tuple[nn.Module, Adapter]:
+    """The result on the backbone as it is stored, where whoever loads the adapter will use it: not rounded."""
+    model = _backbone(job.config)
+    adapter = _attach(model, job.config, len(job.data.classes), "off")
+    adapter.load_state_dict(job.adapter.state_dict())
+    return model.to(memory_format=torch.channels_last) if job.config.channels_last else model, adapter
 
 
 def _score(classifier: Classifier, images: ImageDataset, config: TrainConfig) -> tuple[Report, torch.Tensor]:

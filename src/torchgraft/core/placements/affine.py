@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ...errors import GraftError
-from ...lean.hooks import acts
+from ...lean.hooks import traces_eagerly
 from ...lean.saved import derive
 from ...swap import original_class
 from ..graft import Args, Kwargs, first_output, first_tensor, replace_first, replace_output
@@ -114,7 +114,7 @@ class Affine(Placement):
         scale = None if self.scale is None else self._all(self.scale, width, 1.0).view(shape)
         shift = None if self.shift is None else self._all(self.shift, width, 0.0).view(shape)
         out = _scaled_and_shifted(y, scale, shift)
-        if scale is not None and scale.requires_grad and acts(out):
+        if scale is not None and scale.requires_grad and traces_eagerly():
             # The product keeps y for the gradient of the scale, so its result need not be kept by what reads it.
             values = tuple(p for p in (self.scale, self.shift) if p is not None)
             derive(out, functools.partial(_scaled_and_shifted, scale=scale, shift=shift), y, values)
