@@ -11,7 +11,7 @@ from torchgraft.bench.subjects import Setting
 @pytest.mark.slow
 def test_a_compiled_lean_model_is_one_graph_that_keeps_less_and_gives_the_same_gradients() -> None:
     backend = "aot_eager_decomp_partition"
-    rows = measure(Setting("test_resnet", 1, 32), ["conv-adapter"], backend=backend, rounds=1)
+    rows = measure(Setting("test_resnet", 2, 64), ["conv-adapter"], backend=backend, rounds=1)
     assert [r.label for r in rows] == ["full", "conv-adapter plain", "conv-adapter exact"]
     assert all(g.met for g in goals(rows)), goals(rows)
     assert rows[2].compiled < rows[1].compiled < rows[0].compiled

@@ -19,7 +19,10 @@ def test_level_exact_keeps_at_least_the_floor_and_plain_more() -> None:
 
 
 def test_the_same_is_measured_with_and_without_data() -> None:
-    real, fake = (compare(TINY, "conv-adapter", ("exact",), fake=fake).reached[0] for fake in (False, True))
+    real, fake = (
+        compare(Setting("test_resnet", 2, 64), "conv-adapter", ("exact",), fake=fake).reached[0]
+        for fake in (False, True)
+    )
     assert real == fake
 
 
@@ -35,8 +38,15 @@ def test_entries_of_one_size_are_paired_in_the_same_module_first_then_around_it(
     assert unmatched([], []) == ([], [])
 
 
-@pytest.mark.parametrize(("model", "kept", "met"), [("resnet50", 105, True), ("resnet50", 106, False),
-                                                    ("efficientnet_lite0", 108, True), ("efficientnet_lite0", 109, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "kept", "met"),
+    [
+        ("resnet50", 105, True),
+        ("resnet50", 106, False),
+        ("efficientnet_lite0", 108, True),
+        ("efficientnet_lite0", 109, False),
+    ],
+)
 def test_level_exact_is_held_to_a_ratio(model: str, kept: int, met: bool) -> None:
     floor = Floor((Kept(100, "norms", "norm", "LayerNorm"),))
     reached = Reached("exact", (("norm", kept),), {})

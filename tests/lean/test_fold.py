@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import timm
 import timm.layers as tl
@@ -147,3 +149,14 @@ def test_folding_is_undone_with_the_last_adapter() -> None:
     tg.detach(model)
     assert [type(m) for m in model.modules()] == classes
     assert not any("_fold" in m.__dict__ for m in model.modules())
+
+
+def test_no_folded_weight_stays_in_memory_between_forward_and_backward() -> None:
+    torch.manual_seed(0)
+    model = Pair(nn.Conv2d(4, 7, 3, padding=1), _stir(nn.BatchNorm2d(7)))
+    _attached(model, lean="exact")
+    out = model(X)
+    gc.collect()
+    alive = [t for t in gc.get_objects() if type(t) is Tensor and t.shape == (7, 4, 3, 3)]
+    assert alive == []
+    out.sum().backward()

@@ -144,7 +144,7 @@ class _Shift(nn.Module):
         self.shift = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.shift.expand_as(x)
+        return self.shift.to(x.dtype).expand_as(x)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,7 +72,14 @@ def settle_memory(
     watched = [m for m in model.modules() if existing_point(m) is not None]
     again = {"recompute": parts.mlps, "checkpoint": parts.blocks}.get(level, ())
     closed = [model.get_submodule(p) for p in again if _is_closed(p, placements)]
-    make_lean(model, [m for _, m in inner_modules(model)], watched, again=closed, compact=level == "compact")
+    make_lean(
+        model,
+        [m for _, m in inner_modules(model)],
+        watched,
+        again=closed,
+        products=level == "recompute",
+        compact=level == "compact",
+    )
 
 
 def stand_aside(module: nn.Module, point: GraftPoint, routed: bool = False) -> None:

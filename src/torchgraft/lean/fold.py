@@ -70,11 +70,12 @@ class FoldsNorm:
         weight, bias = _product(bond)
         if isinstance(self, Conv2dSame):
             x = pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation))
-        other = x.shape != weight.shape
+        # Autograd holds on to the hook for as long as to what it packed, so the hook must not hold on to tensors.
+        shape, other = weight.shape, x.shape != weight.shape
         drops = self.__dict__.get("_lean_plain") is not None
 
         def pack(t: Tensor) -> Packed:
-            if t.shape == weight.shape and other:
+            if t.shape == shape and other:
                 return _Product(bond, t.dtype)
             return Layout(t) if drops and other else keep(t, outer)
 

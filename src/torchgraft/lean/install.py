@@ -23,7 +23,8 @@ def level_of(given: bool | str) -> str | None:
     """The name of a level, None for none.
 
     * ``exact``: every gradient bit-identical to that without lean layers; no matrix product is computed twice.
-    * ``recompute``: bit-identical; the MLPs of transformer blocks and their norms are computed twice.
+    * ``recompute``: bit-identical; the MLPs of transformer blocks and their norms are computed twice, and expanding
+      convolutions whose output something trained reads.
     * ``checkpoint``: bit-identical; whole blocks are computed twice.
     * ``compact``: derivatives of smooth activations in 8 bits; gradients differ by less than one per cent.
 
@@ -48,6 +49,7 @@ def make_lean(
     watched: Iterable[nn.Module],
     *,
     again: Iterable[nn.Module] = (),
+    products: bool = False,
     compact: bool = False,
 ) -> None:
     """Swap lean layers in; what is there already stays.
@@ -57,6 +59,7 @@ def make_lean(
         own: The backbone's own modules; the layers among them that have a lean form get it.
         watched: Modules in which something trainable keeps its input.
         again: Modules that run twice in place of being remembered.
+        products: Whether what an expanding convolution returned may be computed again from its smaller input.
         compact: Whether smooth activations and the inputs of trained layers are kept in 8 bits.
     """
     inner, places = list(own), list(watched)
@@ -66,12 +69,13 @@ def make_lean(
         layer = lean_layer(module)
         if compact and is_smooth(module) and id(module) not in beside:
             layer = CompactSmooth
-        elif id(module) not in ours and layer is not lean.Elementwise:
-            # Of an adapter's own layers only those whose output follows from their input gain anything.
+        elif id(module) not in ours and layer not in _IN_ADAPTERS:
             layer = CompactInput if compact and layer in (lean.LeanConv, lean.LeanLinear) else None
         if layer is None:
             continue
         swap(module, layer)
+        if products and issubclass(layer, lean.LeanConv):
+            module.__dict__["_lean_again"] = True
         module.__dict__["_lean_plain"] = _own_forward(module) in PLAIN_FORWARDS
     for module in (*places, *(m for m in inner if is_attention(m))):
         swap(module, Watched)
@@ -97,7 +101,7 @@ def make_plain(model: nn.Module) -> None:
         for layer in anatomy_of(type(module))[1]:
             if layer in (Watched, Recomputed) or issubclass(layer, lean.Lean):
                 unswap(module, layer)
-        for name in ("_lean_plain", "_lean_off"):
+        for name in ("_lean_plain", "_lean_off", "_lean_again"):
             module.__dict__.pop(name, None)
 
 
@@ -119,6 +123,10 @@ def pause(module: nn.Module, off: bool) -> None:
     else:
         module.__dict__.pop("_lean_off", None)
 
+
+_IN_ADAPTERS = (lean.Elementwise, lean.LeanHardtanh, lean.LeanLeakyReLU, lean.LeanHardsigmoid)
+"""What an adapter's own layers gain from: those whose output follows from their input, and those that keep their input
+beside it. A ReLU keeps its output, which the next layer keeps anyway."""
 
 PLAIN_FORWARDS = {
     layer.forward for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

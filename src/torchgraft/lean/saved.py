@@ -152,6 +152,8 @@ class Recipe:
 
 def autocast_state(device: str) -> tuple[str, dict[str, Any]]:
     """Arguments of ``torch.autocast`` that bring the present state back."""
+    if not torch.amp.is_autocast_available(device):
+        return "cpu", {"enabled": False}
     enabled = torch.is_autocast_enabled(device)
     return device, {"enabled": enabled, "dtype": torch.get_autocast_dtype(device) if enabled else None}
 

@@ -39,9 +39,11 @@ def run(
     more than they have to.
     """
     with results_only(as_json):
+        import torchgraft as tg
         from torchgraft.bench.excess import compare
         from torchgraft.bench.subjects import Setting, as_list
 
+        tg.method(method)  # a mistake in it is told before anything is measured
         setting = Setting(model, batch, image_size, dtype, device, channels_last)
         with working(f"measuring {model}") as tell:
             found = compare(setting, method, as_list(levels, ("plain", "exact")), fake=fake, say=tell)
@@ -53,6 +55,6 @@ def run(
             last = found.reached[-1]
             say()
             titles = ("kept beyond", "spared")
-            rows = [(name, mib(more), mib(less)) for name, (more, less) in last.beyond.items()]
+            rows = [(name, mib(more), mib(less)) for name, (more, less) in last.beyond.items() if more != less]
             table((f"layers at level {last.level}", *titles), rows, right=titles)
     conclude("floor", found.to_dict(), found.goals(), as_json=as_json, check=check)

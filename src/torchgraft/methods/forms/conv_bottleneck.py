@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ...core.layers import CONVOLVE, CONVS, ConvGeometry, make_activation
+from .grouped import sum_groups
 
 Init = Literal["zero", "default", "kaiming", "trunc", "fan_out"]
 
@@ -47,7 +48,7 @@ class ConvBottleneck(nn.Module):
         init: Init = "zero",
     ) -> None:
         super().__init__()
-        self.conv1 = geometry.build(in_channels, width, groups=width)
+        self.conv1 = sum_groups(geometry.build(in_channels, width, groups=width))
         self.act = make_activation(act)
         self.conv2: _ConvNd = CONVS[geometry.dims, False](width, out_channels, 1)
         self.scale = nn.Parameter(torch.ones(out_channels, *[1] * geometry.dims))
