@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 VARIANTS = ("full", "plain", "exact", "exact-bf16")
 
@@ -89,8 +90,7 @@ def measured(given: argparse.Namespace) -> dict[str, float]:
 
 def resident() -> float:
     """MiB of this process that are in memory."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 if __name__ == "__main__":

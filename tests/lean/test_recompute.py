@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchgraft as tg
 from torchgraft.core.layers import is_conv
+from torchgraft.lean.hooks import Watched
 from torchgraft.lean.install import make_lean
 from torchgraft.lean.meter import saved_bytes
 from torchgraft.lean.recompute import Recomputed
@@ -109,6 +110,7 @@ def test_a_derived_input_is_known_as_derived_in_the_second_run_too() -> None:
         frozen.requires_grad_(False)
     wanted = torch.autograd.grad(model(x).square().sum(), [x, *model.down.parameters()])
     make_lean(model, [model.norm, *model.mlp.modules()], [model.down], again=[model.mlp])
+    swap(model.down, Watched)
     found = torch.autograd.grad(model(x).square().sum(), [x, *model.down.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     kept = saved_bytes(lambda: model(x), [*model.parameters(), x])

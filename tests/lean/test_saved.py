@@ -31,6 +31,7 @@ class LowRank(nn.Module):
 
 def _lean(model: LowRank) -> LowRank:
     make_lean(model, [model.first, model.base], [model.down])
+    swap(model.down, Watched)
     return model
 
 
@@ -139,6 +140,7 @@ def test_nothing_keeps_a_graph_alive_that_is_thrown_away() -> None:
 
     model, x = LowRank(nn.GELU()), torch.randn(16, 32, requires_grad=True)
     make_lean(model, [*model.modules()], [model.down])
+    swap(model.down, Watched)
     out = model(x)
     node = weakref.ref(out)
     gc.disable()

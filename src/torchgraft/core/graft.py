@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..lean.hooks import traces_eagerly, watch
+from ..lean.saved import pop
 from ..swap import swap, unswap
 
 RESERVED = "torchgraft"
@@ -60,17 +62,24 @@ class Grafted:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward between the actions of the active adapter."""
         point = self._modules["torchgraft"]
-        if point.router is not None:
-            return point.router.run(self, super().forward, args, kwargs)  # type: ignore[misc]
-        for action in point.before:
-            args, kwargs = action.before(args, kwargs)
-        if point.around:
-            out = point.around[0].around(super().forward, args, kwargs)  # type: ignore[misc]
-        else:
-            out = super().forward(*args, **kwargs)  # type: ignore[misc]
-        for action in point.after:
-            out = action.after(args, kwargs, out)
-        return out
+        watched = point.lean and traces_eagerly()
+        if watched:
+            watch()
+        try:
+            if point.router is not None:
+                return point.router.run(self, super().forward, args, kwargs)  # type: ignore[misc]
+            for action in point.before:
+                args, kwargs = action.before(args, kwargs)
+            if point.around:
+                out = point.around[0].around(super().forward, args, kwargs)  # type: ignore[misc]
+            else:
+                out = super().forward(*args, **kwargs)  # type: ignore[misc]
+            for action in point.after:
+                out = action.after(args, kwargs, out)
+            return out
+        finally:
+            if watched:
+                pop()
 
     def _view(self, name: str) -> Any:
         value = self._parameters[name] if name in self._parameters else self._buffers[name]
@@ -180,6 +189,8 @@ class GraftPoint(nn.Module):
         self.around: tuple[Any, ...] = ()
         self.views: dict[str, tuple[Any, ...]] = {}
         self.router: Any = None
+        # Whether what is trained here keeps handles in place of copies.
+        self.lean = False
         self.register_load_state_dict_pre_hook(_remember_prefix)
         self.register_load_state_dict_post_hook(_plain_checkpoint_is_complete)
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..lean.fold import Pair, fold_norms, folding_always, pause_fold
-from ..lean.install import make_lean, make_plain, pause, unwatch
+from ..lean.install import make_lean, make_plain, pause
 from .blocks import inner_modules
 from .frozen import reference_tensor
 from .graft import GraftPoint, existing_point
@@ -66,16 +66,18 @@ def settle_memory(
         fold: Whether norms are computed in the weight of the convolution before them.
     """
     make_plain(model)
+    points = {m: point for m in model.modules() if (point := existing_point(m)) is not None}
+    for point in points.values():
+        point.lean = level is not None
     fold_norms(model, parts.pairs if fold else ())
     if level is None:
         return
-    watched = [m for m in model.modules() if existing_point(m) is not None]
     again = {"recompute": parts.mlps, "checkpoint": parts.blocks}.get(level, ())
     closed = [model.get_submodule(p) for p in again if _is_closed(p, placements)]
     make_lean(
         model,
         [m for _, m in inner_modules(model)],
-        watched,
+        list(points),
         again=closed,
         products=level == "recompute",
         compact=level == "compact",
@@ -103,7 +105,6 @@ def stand_aside(module: nn.Module, point: GraftPoint, routed: bool = False) -> N
 
 def plain_again(module: nn.Module) -> None:
     """No adapter acts at ``module`` any more."""
-    unwatch(module)
     pause(module, False)
     pause_fold(module, before=False, after=False)
 

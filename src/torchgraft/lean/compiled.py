@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .saved import autocasts
+
 
 class _FrozenConv(torch.autograd.Function):
     """A convolution with a frozen weight; of its input the shape is kept."""
@@ -33,10 +35,10 @@ class _FrozenConv(torch.autograd.Function):
         return found[0], None, None, None
 
 
-def can_drop_input(conv: Any, x: Tensor, args: Any, kwargs: Any) -> bool:
+def can_drop_input(conv: Any, x: Tensor) -> bool:
     """Whether ``conv`` is one convolution of ``x`` with zero padding and frozen parameters, and has a backward."""
     held = conv.__dict__
-    if not held.get("_lean_plain") or "_lean_off" in held or args or kwargs:
+    if not held.get("_lean_plain") or "_lean_off" in held:
         return False
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or x.dim() != conv.weight.dim():
         return False
@@ -48,7 +50,7 @@ def frozen_conv(conv: Any, x: Tensor) -> Tensor:
     """The convolution ``conv`` of ``x``; see :func:`can_drop_input`."""
     conf = (conv.stride, conv.padding, conv.dilation, False, (0,) * len(conv.kernel_size), conv.groups)
     weight, bias = conv.weight, conv.bias
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x.device.type):
         kind = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
     return _FrozenConv.apply(x, weight, bias, conf)  # type: ignore[no-any-return]

@@ -49,7 +49,7 @@ class _Bond:
 
     def holds(self, x: Tensor, elements: int) -> bool:
         """Whether the norm is folded in a forward whose convolution returns so many elements."""
-        if self.conv_paused or self.norm_paused or self.norm.training or torch.compiler.is_compiling():
+        if self.conv_paused or self.norm_paused or self.norm.training:
             return False
         if not (acts(x) or _forced) or elements < _PAYS * self.conv._parameters["weight"].numel():
             return False
@@ -65,7 +65,7 @@ class FoldsNorm:
     def forward(self: Any, x: Tensor) -> Tensor:
         """(N, C_in, *space) -> (N, C_out, *space'), normalised."""
         bond: _Bond = self.__dict__["_fold"]
-        if not bond.holds(x, _elements(self, x)):
+        if not _may_fold() or not bond.holds(x, _elements(self, x)):
             return super().forward(x)  # type: ignore[misc, no-any-return]
         weight, bias = _product(bond)
         if isinstance(self, Conv2dSame):
@@ -82,7 +82,7 @@ class FoldsNorm:
         outer = outer_hooks()
         push(pack, unpack)
         try:
-            return self._conv_forward(x, weight, bias)  # type: ignore[no-any-return]
+            return self._conv_forward(x, weight, bias)  # type: ignore[no-any-return, attr-defined]
         finally:
             pop()
 
@@ -95,7 +95,7 @@ class FoldedNorm:
     def forward(self: Any, x: Tensor) -> Tensor:
         """(N, C, *space) -> (N, C, *space)."""
         bond: _Bond = self.__dict__["_fold"]
-        if not bond.holds(x, x.numel()):
+        if not _may_fold() or not bond.holds(x, x.numel()):
             return super().forward(x)  # type: ignore[misc, no-any-return]
         return self.act(self.drop(x)) if isinstance(self, BatchNormAct2d) else x  # type: ignore[no-any-return]
 
@@ -162,6 +162,11 @@ def folding_always() -> Iterator[None]:
         yield
     finally:
         _forced = False
+
+
+def _may_fold() -> bool:
+    """Whether anything is folded here at all; the cheap part of the question, for inference."""
+    return (torch.is_grad_enabled() or _forced) and not torch.compiler.is_compiling()
 
 
 def _elements(conv: Any, x: Tensor) -> int:

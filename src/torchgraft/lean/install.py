@@ -12,7 +12,7 @@ from ..swap import anatomy_of, original_class, swap, unswap
 from . import layers as lean
 from .compact import CompactInput, CompactSmooth
 from .hooks import Watched
-from .kinds import is_attention, is_smooth, lean_layer
+from .kinds import computes_by_itself, is_smooth, lean_layer
 from .recompute import Recomputed
 
 LEVELS = ("exact", "recompute", "checkpoint", "compact")
@@ -46,7 +46,7 @@ def level_of(given: bool | str) -> str | None:
 def make_lean(
     model: nn.Module,
     own: Iterable[nn.Module],
-    watched: Iterable[nn.Module],
+    adapted: Iterable[nn.Module],
     *,
     again: Iterable[nn.Module] = (),
     products: bool = False,
@@ -57,14 +57,14 @@ def make_lean(
     Args:
         model: The model.
         own: The backbone's own modules; the layers among them that have a lean form get it.
-        watched: Modules in which something trainable keeps its input.
+        adapted: Modules at which something trainable stands.
         again: Modules that run twice in place of being remembered.
         products: Whether what an expanding convolution returned may be computed again from its smaller input.
         compact: Whether smooth activations and the inputs of trained layers are kept in 8 bits.
     """
-    inner, places = list(own), list(watched)
+    inner = list(own)
     ours = {id(m) for m in inner}
-    beside = _beside(model, places)
+    beside = _beside(model, adapted)
     for module in model.modules():
         layer = lean_layer(module)
         if compact and is_smooth(module) and id(module) not in beside:
@@ -77,20 +77,21 @@ def make_lean(
         if products and issubclass(layer, lean.LeanConv):
             module.__dict__["_lean_again"] = True
         module.__dict__["_lean_plain"] = _own_forward(module) in PLAIN_FORWARDS
-    for module in (*places, *(m for m in inner if is_attention(m))):
-        swap(module, Watched)
+    for module in inner:
+        if computes_by_itself(module):
+            swap(module, Watched)
     for module in again:
         swap(module, Recomputed)
 
 
-def _beside(model: nn.Module, places: list[nn.Module]) -> set[int]:
+def _beside(model: nn.Module, adapted: Iterable[nn.Module]) -> set[int]:
     """Identities of modules beside which something trainable stands: it may keep their output, which follows from
     their input but not from a derivative."""
-    adapted = {id(m) for m in places}
+    places = {id(m) for m in adapted}
     found: set[int] = set()
     for parent in model.modules():
         children = [id(c) for c in parent.children()]
-        if any(c in adapted for c in children):
+        if any(c in places for c in children):
             found.update(children)
     return found
 
@@ -103,12 +104,6 @@ def make_plain(model: nn.Module) -> None:
                 unswap(module, layer)
         for name in ("_lean_plain", "_lean_off", "_lean_again"):
             module.__dict__.pop(name, None)
-
-
-def unwatch(module: nn.Module) -> None:
-    """Nothing trainable is left at ``module``."""
-    if not is_attention(module):
-        unswap(module, Watched)
 
 
 def _own_forward(module: nn.Module) -> Any:

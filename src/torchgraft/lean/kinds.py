@@ -7,6 +7,7 @@ defines its own is left alone unless it is listed.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +18,10 @@ from ..swap import original_class
 from . import layers as lean
 
 _CONVS = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     tl.Conv2dSame,
 )
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _STANDARDISED = (tl.StdConv2d, tl.StdConv2dSame, tl.ScaledStdConv2d, tl.ScaledStdConv2dSame)
 _NORMS = (
     *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
@@ -38,10 +40,15 @@ _TRANSFORMERS_SMOOTH = {
     "FastGELUActivation",
 }
 
+_OWN_PRODUCTS = re.compile(
+    "Attention|Attn|SqueezeExcit|SEModule|SELayer|EffectiveSE|GlobalResponseNorm|Gat(e|ing)|Glu|GLU"
+)
+
 _SMOOTH_FORWARDS = {kind.forward for kind in _SMOOTH}
 
 _BY_FORWARD: dict[Callable[..., Any], type] = {
     **{kind.forward: lean.LeanConv for kind in _CONVS},
+    **{kind.forward: lean.LeanConvTransposed for kind in _TRANSPOSED},
     **{kind.forward: lean.LeanStdConv for kind in _STANDARDISED},
     **{kind.forward: lean.LeanLinear for kind in (nn.Linear, tl.Linear)},
     **{
@@ -82,6 +89,6 @@ def is_smooth(module: nn.Module) -> bool:
     )
 
 
-def is_attention(module: nn.Module) -> bool:
-    """Whether a module computes attention by itself, outside its children."""
-    return "Attention" in original_class(module).__name__ and any(True for _ in module.children())
+def computes_by_itself(module: nn.Module) -> bool:
+    """Whether a module multiplies activations by each other outside its children: attention, gates."""
+    return bool(_OWN_PRODUCTS.search(original_class(module).__name__)) and any(True for _ in module.children())

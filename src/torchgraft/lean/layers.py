@@ -11,6 +11,7 @@ A module whose own weight the active adapter changes or trains has ``_lean_off``
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -20,8 +21,20 @@ from .compiled import can_drop_input, frozen_batch_norm, frozen_conv
 from .hooks import acts
 from .masks import Bits
 from .pooling import pack_dropout, pack_indices
-from .saved import Layout, Packed, Reference, derive, keep, keep_or_derive, origin_of, outer_hooks, pop, push, unpack
-
+from .saved import (
+    Layout,
+    Packed,
+    Reference,
+    autocasts,
+    derive,
+    keep,
+    keep_or_derive,
+    origin_of,
+    outer_hooks,
+    pop,
+    push,
+    unpack,
+)
 
 _EXPANDS = 2
 """Where products may be computed twice, an output of so many times the input's elements is made again from it."""
@@ -81,15 +94,20 @@ class LeanConv(Lean):
 
     computes_weight: ClassVar[bool] = False
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As the layer; any extra arguments (the output size of a transposed convolution) are its own."""
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, *space) -> (N, C_out, *space')."""
+        # First what costs least: in inference every call here is paid per layer.
+        if not torch.is_grad_enabled() or not x.requires_grad:
+            return super().forward(x)  # type: ignore[misc]
         if torch.compiler.is_compiling():
-            if can_drop_input(self, x, args, kwargs):
-                return frozen_conv(self, x)
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return frozen_conv(self, x) if can_drop_input(self, x) else super().forward(x)  # type: ignore[misc]
         weight = self._frozen()
         if weight is None or not self._acts(x):
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return super().forward(x)  # type: ignore[misc]
+        return self._remembering(x, weight, super().forward)  # type: ignore[misc]
+
+    def _remembering(self, x: Tensor, weight: Tensor, forward: Callable[..., Tensor], *args: Any) -> Tensor:
+        """The layer's ``forward`` under hooks."""
 
         outer = outer_hooks()
 
@@ -100,11 +118,11 @@ class LeanConv(Lean):
 
         push(pack, unpack)
         try:
-            out = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            out = forward(x, *args)
         finally:
             pop()
-        if "_lean_again" in self.__dict__ and _EXPANDS * x.numel() <= out.numel() and not args and not kwargs:
-            derive(out, super().forward, x, self._read())  # type: ignore[misc]
+        if "_lean_again" in self.__dict__ and _EXPANDS * x.numel() <= out.numel() and not args:
+            derive(out, forward, x, self._read())
         return out
 
 
@@ -114,16 +132,29 @@ class LeanStdConv(LeanConv):
     computes_weight: ClassVar[bool] = True
 
 
+class LeanConvTransposed(LeanConv):
+    """A frozen transposed convolution."""
+
+    def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
+        """(N, C_in, *space) -> (N, C_out, *space')."""
+        weight = self._frozen()
+        if weight is None or not self._acts(x):
+            return super(LeanConv, self).forward(x, output_size)  # type: ignore[misc]
+        return self._remembering(x, weight, super(LeanConv, self).forward, output_size)  # type: ignore[misc]
+
+
 class LeanLinear(Lean):
     """A frozen linear layer: keeps no copy of its weight in autocast's type."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        if not torch.is_grad_enabled():
+            return super().forward(x)  # type: ignore[misc]
         weight = self._frozen()
-        if torch.compiler.is_compiling() or weight is None or not self._acts(x):
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        if not torch.is_autocast_enabled(x.device.type):
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if weight is None or not self._acts(x):
+            return super().forward(x)  # type: ignore[misc]
+        if not autocasts(x.device.type):
+            return super().forward(x)  # type: ignore[misc]
 
         outer = outer_hooks()
 
@@ -132,7 +163,7 @@ class LeanLinear(Lean):
 
         push(pack, unpack)
         try:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return super().forward(x)  # type: ignore[misc]
         finally:
             pop()
 
@@ -148,7 +179,7 @@ class LeanBatchNorm(Lean):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, *space) -> (N, C, *space)."""
-        if self.training or self._buffers.get("running_mean") is None or self._trained():
+        if not torch.is_grad_enabled() or self.training or self._buffers.get("running_mean") is None or self._trained():
             return super().forward(x)  # type: ignore[misc]
         if torch.compiler.is_compiling():
             if self.__dict__.get("_lean_plain") and "_lean_off" not in self.__dict__:
@@ -189,7 +220,7 @@ class Sloped(Lean):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape."""
-        if torch.compiler.is_compiling() or not self._acts(x):
+        if not self._acts(x):
             return super().forward(x)  # type: ignore[misc]
         outer = outer_hooks()
 
@@ -245,7 +276,7 @@ class LeanAvgPool(Lean):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, *space) -> (N, C, *space')."""
-        if torch.compiler.is_compiling() or not self._acts(x):
+        if not self._acts(x):
             return super().forward(x)  # type: ignore[misc]
         push(Layout, unpack)
         try:
@@ -259,7 +290,7 @@ class LeanMaxPool(Lean):
 
     def forward(self, x: Tensor) -> Any:
         """(N, C, *space) -> (N, C, *space')."""
-        if torch.compiler.is_compiling() or not self._acts(x):
+        if not self._acts(x):
             return super().forward(x)  # type: ignore[misc]
         outer, shape = outer_hooks(), x.shape
 
@@ -280,7 +311,7 @@ class LeanDropout(Lean):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape."""
-        if torch.compiler.is_compiling() or not self._acts(x) or not 0.0 < self.p < 1.0:
+        if not self._acts(x) or not 0.0 < self.p < 1.0:
             return super().forward(x)  # type: ignore[misc]
         outer = outer_hooks()
         push(lambda t: pack_dropout(t, self.p, outer), unpack)
@@ -299,7 +330,7 @@ class Elementwise(Lean):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the layer."""
-        if torch.compiler.is_compiling() or not self._acts(x):
+        if not self._acts(x):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         outer, version = outer_hooks(), x._version
         origin, seen = x.untyped_storage()._cdata, False

@@ -53,7 +53,8 @@ class _Run:
         self.outer = outer_hooks()
         self.inputs: Any = None
         self.values: dict[int, Tensor] = {}
-        self.autocast: tuple[str, dict[str, Any]] | None = None
+        # Read here: inside a hook the operator's own dispatch has switched autocast off.
+        self.autocast = autocast_state(next((d.type for d in _devices(args, kwargs)), "cpu"))
         self.random = _random_state(args, kwargs) if training else None
 
     def pack(self, t: Tensor) -> Packed:
@@ -61,14 +62,14 @@ class _Run:
         if t.untyped_storage()._cdata in self.own:
             return Reference(t)
         if self.inputs is None:
-            self._keep_inputs(t.device.type)
+            self._keep_inputs()
         self.count += 1
         return _Slot(self, self.count - 1)
 
-    def _keep_inputs(self, device: str) -> None:
+    def _keep_inputs(self) -> None:
         leaves, spec = tree_flatten(self.given)
         kept = [(keep_or_derive(x, self.outer), x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
-        self.inputs, self.given, self.autocast = (kept, spec), None, autocast_state(device)
+        self.inputs, self.given = (kept, spec), None
 
     def value(self, index: int) -> Tensor:
         """What the forward handed over as number ``index``."""
@@ -93,7 +94,7 @@ class _Run:
                 raise _StopError
             return Reference(t)
 
-        device, state = self.autocast  # type: ignore[misc]
+        device, state = self.autocast
         with torch.enable_grad(), torch.autocast(device, **state), _with_random_state(self.random):
             push(collect, unpack)
             try:
@@ -116,9 +117,14 @@ class _Slot:
         return self.run.value(self.index)
 
 
+def _devices(args: Any, kwargs: Any) -> list[torch.device]:
+    """Where the tensors among the arguments are."""
+    return [x.device for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+
+
 def _random_state(args: Any, kwargs: Any) -> list[tuple[str, Tensor]]:
     """State of the generators that the forward may draw from."""
-    devices = {x.device for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.is_cuda}
+    devices = {d for d in _devices(args, kwargs) if d.type == "cuda"}
     return [("cpu", torch.get_rng_state()), *((str(d), torch.cuda.get_rng_state(d)) for d in devices)]
 
 

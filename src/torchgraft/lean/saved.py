@@ -115,9 +115,9 @@ def keep(t: Tensor, outer: Any) -> Packed:
 class _Origin:
     """Where a living tensor came from."""
 
-    out: Any  # weakref to it
+    out: Any  # weakref to it, or to what it is a view of
     version: int
-    stride: tuple[int, ...]
+    layout: Layout
     offset: Any
     recipe: Recipe
     source: Tensor
@@ -150,11 +150,16 @@ class Recipe:
             return self.function(source)
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device (the meta device has none)."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def autocast_state(device: str) -> tuple[str, dict[str, Any]]:
     """Arguments of ``torch.autocast`` that bring the present state back."""
     if not torch.amp.is_autocast_available(device):
         return "cpu", {"enabled": False}
-    enabled = torch.is_autocast_enabled(device)
+    enabled = autocasts(device)
     return device, {"enabled": enabled, "dtype": torch.get_autocast_dtype(device) if enabled else None}
 
 
@@ -178,8 +183,9 @@ def derive(out: Tensor, function: Callable[[Tensor], Tensor], source: Tensor, re
 
 def _note(out: Tensor, recipe: Recipe, source: Tensor) -> None:
     key = out.untyped_storage()._cdata
-    alive = weakref.ref(out, lambda _: _origins.pop(key, None))
-    _origins[key] = _Origin(alive, out._version, out.stride(), out.storage_offset(), recipe, source)
+    # A view may die while other views of the same tensor live on; all of them hold that tensor.
+    alive = weakref.ref(out if out._base is None else out._base, lambda _: _origins.pop(key, None))
+    _origins[key] = _Origin(alive, out._version, Layout(out), out.storage_offset(), recipe, source)
 
 
 class Derived:
@@ -214,16 +220,17 @@ class Derived:
 class _Result:
     """What a recipe returns, in the memory layout that it first had."""
 
-    __slots__ = ("recipe", "shape", "stride")
+    __slots__ = ("layout", "recipe")
 
     def __init__(self, origin: _Origin) -> None:
-        self.recipe, self.stride = origin.recipe, origin.stride
-        self.shape = origin.out().shape
+        self.recipe, self.layout = origin.recipe, origin.layout
 
     def of(self, source: Tensor) -> Tensor:
         whole = self.recipe(source)
-        if whole.stride() != self.stride or whole.untyped_storage().nbytes() != whole.numel() * whole.element_size():
-            whole = torch.empty_strided(self.shape, self.stride, dtype=whole.dtype, device=whole.device).copy_(whole)
+        dense = whole.untyped_storage().nbytes() == whole.numel() * whole.element_size()
+        if whole.stride() != self.layout.stride or not dense:
+            shape, stride = self.layout.shape, self.layout.stride
+            whole = torch.empty_strided(shape, stride, dtype=whole.dtype, device=whole.device).copy_(whole)
         return whole
 
 
@@ -232,8 +239,7 @@ def origin_of(t: Tensor) -> _Origin | None:
     origin = _origins.get(t.untyped_storage()._cdata)
     if origin is None:
         return None
-    out = origin.out()
-    if out is None or t._version != origin.version or t.dtype != out.dtype:
+    if origin.out() is None or t._version != origin.version or t.dtype != origin.layout.dtype:
         return None
     return origin
 

@@ -2,8 +2,8 @@
 
 The result is the same up to rounding (about 1e-6 relative). PyTorch's CPU kernels for a few channels a group are slow:
 forward and backward of the two steps take 0.2 to 0.9 of their time (``python benchmarks/grouped_convolution.py``). With
-the channels stored last that holds as long as the weight is small and the map is not; PyTorch's depthwise kernel is slow
-beyond. Which way is taken depends on shapes only, so that equal runs have equal bits. On other devices, and in exported
+the channels stored last that holds for small weights on maps that are not small; beyond, PyTorch's depthwise kernel is
+slow. Which way is taken depends on shapes only, so that equal runs have equal bits. On other devices, and in exported
 graphs, the convolution stays one operator.
 """
 
