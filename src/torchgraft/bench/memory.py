@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..core.method import methods as registered
+from ..errors import GraftError
 from ..lean import meter
 from .goals import Goal
 from .subjects import PEERS, Setting, Subject, backbone, default_methods, subject
@@ -68,6 +70,12 @@ class Memory:
         return self.weights + self.gradients + self.optimiser + self.saved
 
 
+ALL = "all"
+"""In place of a list of methods: every one that applies."""
+_NO_ADAPTERS = ("full", "partial")
+"""What trains the backbone itself: the peer ``full`` is measured anyway."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """All variants of one backbone.
@@ -75,10 +83,12 @@ class Comparison:
     Attributes:
         setting: Backbone and input.
         rows: Full fine-tuning first.
+        refused: Method -> why it does not apply to the backbone.
     """
 
     setting: Setting
     rows: Sequence[Memory]
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def row(self, method: str, level: str = "") -> Memory | None:
         """The row of a method (by its name, whatever its options) at a level; None when it was not measured."""
@@ -120,7 +130,7 @@ class Comparison:
             }
             for r in self.rows
         ]
-        return {**self.setting.to_dict(), "rows": rows}
+        return {**self.setting.to_dict(), "rows": rows, "refused": self.refused}
 
     def _limits(self, table: dict[str, Any], otherwise: Any) -> Any:
         return table.get(self.setting.model, otherwise) if self.setting.image_size >= ACCEPTED else otherwise
@@ -138,7 +148,8 @@ def compare(
 
     Args:
         setting: Backbone and input.
-        methods: Methods and peers; None: the peers and what suits the backbone. Full fine-tuning is always measured.
+        methods: Methods and peers; None: the peers and what suits the backbone; ``all``: every registered method
+            that applies. Full fine-tuning is always measured.
         levels: Names of levels.
         fake: Count what is saved on tensors without data, in less time; the peak is not measured then.
         say: Called with the name of each variant before it is measured.
@@ -146,13 +157,24 @@ def compare(
     Raises:
         GraftError: Whatever attaching raises, or peft is not installed.
     """
-    chosen = [*PEERS, *default_methods(backbone(setting))] if methods is None else ["full", *methods]
-    rows = []
+    named = None if methods is None else list(methods)
+    suited = default_methods(backbone(setting))
+    chosen = ["full", *(named or ())] if named else [*PEERS, *suited]
+    every = named == [ALL]
+    if every:
+        options = {name_of(m): m for m in suited}
+        chosen = ["full", *(options.get(m, m) for m in registered() if m not in _NO_ADAPTERS)]
+    rows, refused = [], {}
     for method in dict.fromkeys(chosen):
         for level in [""] if method in PEERS else levels:
             say(f"{method} {level}".strip())
-            rows.append(measure(subject(setting, method, level or "plain"), fake=fake))
-    return Comparison(setting, rows)
+            try:
+                rows.append(measure(subject(setting, method, level or "plain"), fake=fake))
+            except GraftError as error:
+                if not every:
+                    raise
+                refused[method] = str(error)
+    return Comparison(setting, rows, refused)
 
 
 def measure(one: Subject, *, fake: bool = False) -> Memory:

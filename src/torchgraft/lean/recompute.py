@@ -29,7 +29,7 @@ class Recomputed:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward."""
-        if not traces_eagerly():
+        if not traces_eagerly() or not all(map(_is_value, (*args, *kwargs.values()))):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         own = {t.untyped_storage()._cdata for t in (*self.parameters(), *self.buffers())}
         run = _Run(super().forward, args, kwargs, own, self.training)  # type: ignore[misc]
@@ -75,6 +75,11 @@ class _Run:
         """What the forward handed over as number ``index``."""
         if index not in self.values:
             self._again()
+        if index not in self.values:
+            raise RuntimeError(
+                f"lean: the second run of a module kept {len(self.values)} tensors where the first kept {self.count}; "
+                'it depends on more than its arguments, so use lean="exact"'
+            )
         return self.values.pop(index)
 
     def _again(self) -> None:
@@ -115,6 +120,15 @@ class _Slot:
 
     def unpack(self) -> Tensor:
         return self.run.value(self.index)
+
+
+def _is_value(given: Any) -> bool:
+    """Whether an argument is the same in a second run; a cache of keys and values, which the first run fills, is not."""
+    if isinstance(given, (tuple, list)):
+        return all(map(_is_value, given))
+    if isinstance(given, dict):
+        return type(given) is dict and all(map(_is_value, given.values()))
+    return given is None or isinstance(given, (Tensor, bool, int, float, str, torch.dtype, torch.device))
 
 
 def _devices(args: Any, kwargs: Any) -> list[torch.device]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..console import results_only, table, working
+from ..console import note, results_only, table, working
 from ..options import AsJson
 from .options import Batch, ChannelsLast, Check, Device, DType, Levels, Methods, Model, Side
 from .output import conclude, mib, ratio
@@ -14,6 +14,7 @@ from .output import conclude, mib, ratio
 EXAMPLES = """\
 torchgraft bench memory resnet50
 torchgraft bench memory convnext_tiny --levels plain,exact,recompute,checkpoint,compact --fake --check
+torchgraft bench memory convnext_tiny --methods all --levels exact --fake
 torchgraft bench memory vit_small_patch16_224 --methods "lora,vpt-deep[num_tokens=10]" --json"""
 
 
@@ -59,4 +60,6 @@ def run(
             for r in found.rows
         ]
         table(("method", "level", *right), rows, right=right)
+        for reason in found.refused.values():
+            note(reason)
     conclude("memory", found.to_dict(), found.goals(), as_json=as_json, check=check)

@@ -10,7 +10,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name of a timm mode
 Method = Annotated[str, typer.Option("--method", metavar="METHOD", help="Method with options, as in NAME[KEY=VALUE].")]
 Methods = Annotated[
     str | None,
-    typer.Option("--methods", metavar="A,B", help="Methods to measure; default: those that suit the model."),
+    typer.Option("--methods", metavar="A,B", help="Methods to measure, or all; default: those that suit the model."),
 ]
 Levels = Annotated[
     str | None,

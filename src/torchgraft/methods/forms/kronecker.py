@@ -8,7 +8,7 @@ A layer keeps its weight as (out, in), so there the change is ``(A kron B)^T = A
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ...core.layers import ConvGeometry
 from ...core.placements.weight import in_type_of
 from ...errors import GraftError
+from ...lean.hooks import traces_eagerly
+from ...lean.saved import derive
 from .pointwise import pixels_read
 
 
@@ -33,8 +35,16 @@ def kron_apply(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     (a1, a2), (b1, b2) = a.shape, b.shape
     rows = x.unflatten(-1, (a1, b1))
     if a1 * b2 * (b1 + a2) <= a2 * b1 * (a1 + b2):
-        return (a.T @ (rows @ b)).flatten(-2)
-    return ((a.T @ rows) @ b).flatten(-2)
+        return (a.T @ _again_if_asked(lambda r: r @ b, rows, b)).flatten(-2)
+    return (_again_if_asked(lambda r: a.T @ r, rows, a) @ b).flatten(-2)
+
+
+def _again_if_asked(product: Callable[[Tensor], Tensor], rows: Tensor, factor: Tensor) -> Tensor:
+    """A small product of ``rows``; they are kept for the factor's gradient, so the result can be had again from them."""
+    made = product(rows)
+    if factor.requires_grad and traces_eagerly():
+        derive(made, product, rows, (factor,))
+    return made
 
 
 def kron_delta(a: Tensor, b: Tensor) -> Tensor:
