@@ -5,9 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from ..tasks.plots import LIGHT, Theme, blank, dress
 from .grid import Outcome
@@ -89,25 +91,42 @@ def picture(found: Sequence[Score], *, title: str, footer: str, theme: Theme = L
     dress(axes, theme, title)
     drawn = [s for s in found if s.tasks]
     best = front(drawn)
+    # A logarithm has no zero: what trains nothing but the head is drawn at the left edge.
+    left = min((s.parameters for s in drawn if s.parameters), default=1.0) / 3
+    places = {s.method: (s.parameters or left, s.mean) for s in drawn}
     for score in drawn:
         on_front = score in best
-        place = (max(score.parameters, 1.0), score.mean)
-        axes.scatter(
-            *place, s=42, zorder=3, marker="D" if on_front else "o", color=theme.second if on_front else theme.first
-        )
-        axes.annotate(
-            score.method, place, xytext=(5, 4), textcoords="offset points", fontsize=8,
-            color=theme.ink if on_front else theme.muted,
-        )  # fmt: skip
-    axes.step(
-        [max(s.parameters, 1.0) for s in best], [s.mean for s in best], where="post", color=theme.second, linewidth=1.2
-    )
+        colour = theme.second if on_front else theme.first
+        axes.scatter(*places[score.method], s=42, zorder=3, marker="D" if on_front else "o", color=colour)
+    line = [places[s.method] for s in best]
+    axes.step([x for x, _ in line], [y for _, y in line], where="post", color=theme.second, linewidth=1.2)
     axes.set_xscale("log")
-    axes.set_xlabel("trainable parameters without the head (the linear probe has none: drawn at 1)", color=theme.ink)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel("trainable parameters without the head (the linear probe, at the left, has none)", color=theme.ink)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylabel("test accuracy, mean of the tasks", color=theme.ink)
+    _label(axes, places, {s.method: theme.ink if s in best else theme.muted for s in drawn})
     figure.text(0.03, 0.02, footer, fontsize=8, color=theme.muted)
     return figure
+
+
+def _label(axes: Axes, places: dict[str, tuple[float, float]], colours: dict[str, Any]) -> None:
+    """Write every name beside its point, on the first side where it covers no point and no other name."""
+    points = {name: axes.transData.transform(place) for name, place in places.items()}
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points.values()]
+    for name, (x, y) in sorted(points.items(), key=lambda item: item[1][0]):
+        width, height = 5.6 * len(name), 11
+        sides = [(8, 3), (8, -3 - height), (-8 - width, 3), (-8 - width, -3 - height), (8, 3 + height)]
+        boxes = [(x + dx, y + dy, x + dx + width, y + dy + height) for dx, dy in sides]
+        free = [i for i, box in enumerate(boxes) if not any(_overlap(box, other) for other in taken)]
+        chosen = free[0] if free else 0
+        taken.append(boxes[chosen])
+        dx, dy = (0.72 * d for d in sides[chosen])  # from pixels, 100 to the inch, to points
+        axes.annotate(name, places[name], xytext=(dx, dy), textcoords="offset points", fontsize=8, color=colours[name])
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _spread(accuracies: Sequence[float]) -> tuple[float, float, int]:

@@ -62,7 +62,7 @@ class Grafted:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward between the actions of the active adapter."""
         point = self._modules["torchgraft"]
-        watched = point.lean and traces_eagerly()
+        watched = point.lean and torch.is_grad_enabled() and traces_eagerly()
         if watched:
             watch()
         try:

@@ -123,7 +123,7 @@ class _Slot:
 
 
 def _is_value(given: Any) -> bool:
-    """Whether an argument is the same in a second run; a cache of keys and values, which the first run fills, is not."""
+    """Whether an argument is the same in a second run; a cache of keys and values, which the first fills, is not."""
     if isinstance(given, (tuple, list)):
         return all(map(_is_value, given))
     if isinstance(given, dict):

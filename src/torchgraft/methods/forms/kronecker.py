@@ -40,7 +40,7 @@ def kron_apply(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _again_if_asked(product: Callable[[Tensor], Tensor], rows: Tensor, factor: Tensor) -> Tensor:
-    """A small product of ``rows``; they are kept for the factor's gradient, so the result can be had again from them."""
+    """A small product of ``rows``, which are kept for the factor's gradient: the result can be had again from them."""
     made = product(rows)
     if factor.requires_grad and traces_eagerly():
         derive(made, product, rows, (factor,))
