@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from torchgraft.lean import saved
+from torchgraft.lean import layers, saved
 from torchgraft.lean.install import make_lean, make_plain
 from torchgraft.lean.kinds import lean_layer
 from torchgraft.lean.meter import saved_bytes
@@ -252,3 +252,23 @@ def test_the_model_is_plain_again_when_lean_layers_are_taken_out() -> None:
     make_plain(model)
     assert [type(m) for m in model.modules()] == classes
     assert [m.__dict__.keys() for m in model.modules()] == [h.keys() for h in held]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_fused_relu_of_gpus_gives_the_native_derivatives_and_keeps_bits(
+    monkeypatch: pytest.MonkeyPatch, inplace: bool, layout: torch.memory_format
+) -> None:
+    model = Around(nn.ReLU(inplace=inplace))
+    x = torch.randn(2, 3, 5, 7).to(memory_format=layout).requires_grad_()
+
+    def derivatives() -> list[Tensor]:
+        (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        return [model(x).detach(), first.detach(), second, _gradient(model, x)[1]]
+
+    wanted = derivatives()
+    _lean(model)
+    monkeypatch.setattr(layers, "fuses", lambda x: True)
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(derivatives(), wanted, strict=True))
+    assert saved_bytes(lambda: model(x), [x]) == math.ceil(x.numel() / 8)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .compiled import can_drop_input, frozen_batch_norm, frozen_conv
 from .hooks import acts
-from .masks import Bits
+from .masks import Bits, engine, masked_gradient, pack_inside, unpack_inside
 from .pooling import pack_dropout, pack_indices
 from .saved import (
     Layout,
@@ -238,6 +238,38 @@ class LeanReLU(Sloped):
     """ReLU: the gradient passes where the output is positive, or not a number."""
 
     nan_passes: ClassVar[bool] = True
+    inplace: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        if self._acts(x) and fuses(x) and not x._is_view():
+            return _MaskedReLU.apply(x, self.inplace)  # type: ignore[no-any-return]
+        return super().forward(x)
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether there is a kernel that applies the bits to a gradient as it reads them."""
+    return engine(x) == "triton" and torch.autograd.forward_ad._current_level < 0  # forward mode needs the operator
+
+
+class _MaskedReLU(torch.autograd.Function):
+    """ReLU whose backward reads the gradient and the bits, and writes no mask in between."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
+        out = torch.relu_(x) if inplace else torch.relu(x)
+        if inplace:
+            ctx.mark_dirty(out)
+        ctx.layout = Layout(out)
+        ctx.save_for_backward(pack_inside(out, 0.0, nan=True))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (bits,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a derivative of this is wanted, too
+            return grads[0] * unpack_inside(bits, ctx.layout), None
+        return masked_gradient(bits, grads[0], ctx.layout), None
 
 
 class LeanLeakyReLU(Sloped):
