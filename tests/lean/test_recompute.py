@@ -130,6 +130,22 @@ def test_checkpointing_around_it_and_inference_work_as_ever() -> None:
         assert [b.calls for b in list(model)[1:]] == [c + 1 for c in calls]
 
 
+def test_a_module_that_changes_its_input_in_place_is_refused_in_place_of_being_run_wrongly() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.act = nn.Linear(16, 16), nn.GELU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x += 1.0
+            return self.act(self.fc(x))
+
+    block, x = InPlace(), torch.randn(8, 16, requires_grad=True)
+    swap(block, Recomputed)
+    with pytest.raises(RuntimeError, match="changes its input in place"):
+        block(x * 2.0)
+
+
 def test_a_block_that_a_branch_leaves_is_not_run_twice() -> None:
     import timm
 

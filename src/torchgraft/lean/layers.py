@@ -108,7 +108,6 @@ class LeanConv(Lean):
 
     def _remembering(self, x: Tensor, weight: Tensor, forward: Callable[..., Tensor], *args: Any) -> Tensor:
         """The layer's ``forward`` under hooks."""
-
         outer = outer_hooks()
 
         def pack(t: Tensor) -> Packed:

@@ -50,6 +50,7 @@ class _Run:
     def __init__(self, forward: Any, args: Any, kwargs: Any, own: set[int], training: bool) -> None:
         self.forward, self.own, self.count = forward, own, 0
         self.given: Any = (args, kwargs)
+        self.versions = [x._version for x in tree_flatten(self.given)[0] if isinstance(x, Tensor)]
         self.outer = outer_hooks()
         self.inputs: Any = None
         self.values: dict[int, Tensor] = {}
@@ -68,6 +69,11 @@ class _Run:
 
     def _keep_inputs(self) -> None:
         leaves, spec = tree_flatten(self.given)
+        if self.versions != [x._version for x in leaves if isinstance(x, Tensor)]:
+            raise RuntimeError(
+                "lean: a module changes its input in place, so it cannot be run a second time from that input; "
+                'use lean="exact"'
+            )
         kept = [(keep_or_derive(x, self.outer), x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
         self.inputs, self.given = (kept, spec), None
 
