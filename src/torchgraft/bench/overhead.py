@@ -78,13 +78,14 @@ def _rows(what: str, models: dict[str, nn.Module], x: Tensor, *, rounds: int) ->
                 raise GraftError(f"bench overhead: {name} computes something else than the model written by hand")
     forward = _timed({name: _forward(m, x) for name, m in models.items()}, rounds)
     step = _timed({name: _step(m, x) for name, m in models.items()}, rounds)
-    base = forward[BY_HAND].seconds, step[BY_HAND].seconds
+    # From the ratios within a round: the speed of the machine drifts by more than the difference between rounds.
+    base = 1e6 * forward[BY_HAND].seconds / SITES, 1e6 * step[BY_HAND].seconds / SITES
     return [
         Row(
             what,
             name,
-            1e6 * (forward[name].seconds - base[0]) / SITES,
-            1e6 * (step[name].seconds - base[1]) / SITES,
+            base[0] * (forward[name].ratio - 1),
+            base[1] * (step[name].ratio - 1),
             forward[name].ratio,
             step[name].ratio,
         )
