@@ -146,7 +146,8 @@ class Recipe:
                     "a parameter needed for gradient computation was changed in place between forward and backward "
                     f"(shape {tuple(tensor.shape)}); call backward() before optimizer.step()"
                 )
-        with torch.no_grad(), torch.autocast(*self.autocast[:1], **self.autocast[1]):
+        device, state = self.autocast
+        with torch.no_grad(), torch.autocast(device, **state):
             return self.function(source)
 
 
@@ -159,7 +160,7 @@ def autocast_state(device: str) -> tuple[str, dict[str, Any]]:
     """Arguments of ``torch.autocast`` that bring the present state back."""
     if not torch.amp.is_autocast_available(device):
         return "cpu", {"enabled": False}
-    enabled = autocasts(device)
+    enabled = torch.is_autocast_enabled(device)
     return device, {"enabled": enabled, "dtype": torch.get_autocast_dtype(device) if enabled else None}
 
 
@@ -191,7 +192,7 @@ def _note(out: Tensor, recipe: Recipe, source: Tensor) -> None:
 class Derived:
     """A tensor (or a view of one) that a recipe makes again from what is kept anyway."""
 
-    __slots__ = ("made", "offset", "origin", "shape", "source", "stride")
+    __slots__ = ("offset", "origin", "shape", "source", "stride")
 
     def __init__(self, t: Tensor, origin: _Origin, source: Packed) -> None:
         self.shape, self.stride = t.shape, t.stride()
@@ -207,8 +208,7 @@ class Derived:
         source = restored(self.source, alive)
         whole = self.origin.of(source)
         alive += [source, whole]
-        recipe = self.origin.recipe
-        _note(whole, recipe, source)
+        _note(whole, self.origin.recipe, source)
         return self._seen(whole)
 
     def _seen(self, whole: Tensor) -> Tensor:
