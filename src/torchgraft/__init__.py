@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import GraftError
 from .version import VERSION
+from .when_imported import when_imported
 
 if TYPE_CHECKING:
     from .bench.intrinsic import intrinsic_dimension
@@ -183,3 +184,10 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _register_backbones() -> None:
+    importlib.import_module(".backbones.timm_api", __name__).register_architectures()
+
+
+when_imported("timm", _register_backbones)

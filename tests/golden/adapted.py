@@ -88,7 +88,7 @@ class AdaptedNetwork(GoldenCase):
     def run(self, inputs: Tensors) -> Tensors:
         outputs: Tensors = {}
         head = self._adapter.head
-        with _watching(self._model, self._blocks, outputs), _features_of(head, outputs):
+        with watching(self._model, self._blocks, outputs), _features_of(head, outputs):
             outputs["logits"] = self._forward(inputs)
         return outputs
 
@@ -115,7 +115,7 @@ class AdaptedNetwork(GoldenCase):
 
 
 @contextmanager
-def _watching(model: nn.Module, blocks: Mapping[str, str], outputs: Tensors) -> Iterator[None]:
+def watching(model: nn.Module, blocks: Mapping[str, str], outputs: Tensors) -> Iterator[None]:
     """Keep what the named modules return."""
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

@@ -1,0 +1,61 @@
+"""What our architectures use of timm beyond its public names, and how they are made known to it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import TypeVar
+
+from timm.models import is_model, model_entrypoint, register_model
+from timm.models._features import FeatureGetterNet, feature_take_indices
+from torch import nn
+
+__all__ = [
+    "ARCHITECTURES",
+    "FeatureGetterNet",
+    "feature_take_indices",
+    "register_architectures",
+    "register_backbone",
+    "unwrapped",
+]
+
+ARCHITECTURES: tuple[str, ...] = ()
+"""The modules of this package that define backbones timm lacks."""
+
+_WRAPPERS = ("model", "state_dict", "model_ema", "state_dict_ema", "module")
+_PREFIXES = ("module.", "backbone.")
+
+F = TypeVar("F", bound=Callable[..., nn.Module])
+
+
+def register_backbone(build: F) -> F:
+    """Decorator that registers a function in timm under its name, unless timm or another package has that name.
+
+    Like ``timm.models.register_model`` otherwise: the module's ``default_cfgs`` must stand above the function.
+    """
+    name = build.__name__
+    taken = is_model(name) and model_entrypoint(name).__module__ != build.__module__
+    return build if taken else register_model(build)
+
+
+def register_architectures() -> None:
+    """Import every module of :data:`ARCHITECTURES`, which registers its models in timm."""
+    for name in ARCHITECTURES:
+        importlib.import_module(f".{name}", __package__)
+
+
+def unwrapped(checkpoint: dict) -> dict:
+    """The state dict inside a checkpoint: out of its wrapper, without the prefixes of wrapping modules.
+
+    Args:
+        checkpoint: What an official file holds: a state dict, or one under ``model``, ``state_dict``, ``model_ema``,
+            ``state_dict_ema`` or ``module``. It is not changed.
+    """
+    state = checkpoint
+    for wrapper in _WRAPPERS:
+        if isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    for prefix in _PREFIXES:
+        if any(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return dict(state)
