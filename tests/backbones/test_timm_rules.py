@@ -11,7 +11,6 @@ import warnings
 import pytest
 import timm
 import torch
-from timm.layers import set_fused_attn
 from timm.models import group_parameters
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
@@ -166,7 +165,9 @@ def test_features_only_gives_maps_of_the_named_channels_and_strides(name, wrappe
     model = make(name, features_only=True, **options)
     maps = model(image(1, 96))
     assert len(maps) == len(model.feature_info.channels()) >= 3
-    for found, channels, stride in zip(maps, model.feature_info.channels(), model.feature_info.reduction(), strict=True):
+    for found, channels, stride in zip(
+        maps, model.feature_info.channels(), model.feature_info.reduction(), strict=True
+    ):
         assert found.shape[1] == channels
         assert 96 / (2 * stride) < found.shape[-1] <= math.ceil(96 / stride) + 1
         assert not found.isnan().any()
@@ -201,7 +202,6 @@ def test_forward_intermediates_is_the_same_with_checkpointing(name):
 
 @small
 def test_fx_traces_the_features(name):
-    set_fused_attn(False)
     model = make(name)
     x = image(2, 96)
     nodes = get_graph_node_names(model)[1]

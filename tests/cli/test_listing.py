@@ -25,7 +25,7 @@ def test_every_kind_has_names_in_the_table_and_in_json(cli, kind):
 
 
 def test_a_filter_narrows_the_names(cli):
-    names = cli("list", "backbones", "convnext").out.split()[1:]
+    names = [line.split()[0] for line in cli("list", "backbones", "convnext").out.splitlines()[1:]]
     assert BACKBONE in names and all("convnext" in name for name in names)
 
 
@@ -49,3 +49,16 @@ def test_sites_need_the_name_of_a_model(cli):
 def test_an_unknown_kind_is_refused_with_the_valid_ones(cli):
     spoken = cli("list", "method")
     assert spoken.code == 2 and "methods" in spoken.err and "Traceback" not in spoken.err
+
+
+def test_our_backbones_are_listed_with_what_was_published_about_them(cli):
+    rows = json.loads(cli("list", "backbones", "hornet_tiny", "--json").out)
+    row = next(r for r in rows if r["name"] == "hornet_tiny_7x7")
+    assert (row["parameters"], row["top1"], row["strides"]) == (22_409_512, 82.8, [4, 8, 16, 32])
+    assert "22,409,512" in cli("list", "backbones", "hornet_tiny").out
+
+
+def test_few_models_of_timm_are_counted(cli):
+    row = json.loads(cli("list", "backbones", "resnet18*", "--json").out)[0]
+    assert (row["name"], row["parameters"], row["channels"]) == ("resnet18", 11_689_512, [64, 128, 256, 512])
+    assert abs(row["gmacs"] - 1.82) < 0.02

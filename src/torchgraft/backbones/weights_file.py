@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import GraftError
+from .assets import file_digest
 from .provenance import data_config_of
 
 _WRAPPERS = ("state_dict", "model")
@@ -78,14 +79,9 @@ def fit_weights(state: dict[str, Tensor], model: nn.Module, source: str) -> dict
     target = model.state_dict()
     heads = classifier_names(model)
     fitted = _replace_classifier(state, target, heads)
-    if _difference(fitted, target):
-        # Older key styles and position embeddings of another size: timm's own conversion, where there is one.
-        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        if convert is not None:
-            # A conversion that stumbles was not meant for this file; the difference below says what is wrong.
-            with contextlib.suppress(KeyError, RuntimeError, ValueError, AttributeError, IndexError):
-                fitted = _replace_classifier(dict(convert(dict(state), model)), target, heads)
-    problem = _difference(fitted, target)
+    if state_difference(fitted, target):
+        fitted = _replace_classifier(converted(state, model), target, heads)
+    problem = state_difference(fitted, target)
     if problem:
         raise GraftError(f"{source} does not fit {type(model).__name__}: {problem}")
     dropped = sorted(
@@ -99,10 +95,28 @@ def fit_weights(state: dict[str, Tensor], model: nn.Module, source: str) -> dict
     return fitted
 
 
+def converted(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """``state`` under the names and sizes of ``model``, by the conversion of the model's own file, where it has one.
+
+    That is what knows official key names, older key styles and position embeddings of another size.
+    """
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:
+        # A conversion that stumbles was not meant for this file; comparing names and shapes says what is wrong.
+        with contextlib.suppress(KeyError, RuntimeError, ValueError, AttributeError, IndexError):
+            return dict(convert(dict(state), model))
+    return dict(state)
+
+
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
     """Module names of a model's classifiers, as its ``pretrained_cfg`` says."""
     named = data_config_of(model).get("classifier") or ()
     return (named,) if isinstance(named, str) else tuple(named)
+
+
+def file_origin(path: Path) -> str:
+    """How a backbone says that its weights came from a file: ``file:sha256:...``."""
+    return f"file:sha256:{file_digest(path)}"
 
 
 def _replace_classifier(
@@ -125,7 +139,8 @@ def _belongs(name: str, heads: tuple[str, ...]) -> bool:
     return any(name == head or name.startswith(head + ".") for head in heads)
 
 
-def _difference(state: dict[str, Tensor], target: dict[str, Tensor]) -> str:
+def state_difference(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> str:
+    """What keeps ``state`` from being loaded as ``target``, in words; empty when nothing does."""
     missing = [n for n in target if n not in state]
     unexpected = [n for n in state if n not in target]
     shapes = [

@@ -19,6 +19,9 @@ torchgraft list sites resnet50            where adapters can go in a model
 torchgraft list samples                   data sets that need no download
 torchgraft list assets --json"""
 
+_FEW = 30
+"""So many backbones are built, without memory for their weights, to count what nothing says about them."""
+
 
 class Kind(enum.StrEnum):
     """What can be listed."""
@@ -55,6 +58,8 @@ def run(
     if kind is Kind.methods:
         _say_where_methods_do_not_apply(rows)
         next_command("What one would add to a backbone:", "torchgraft plan BACKBONE --method NAME")
+    elif kind is Kind.backbones and len(rows) > _FEW:
+        note(f"figures of timm's models are shown where a FILTER leaves {_FEW} names or fewer")
     elif kind is Kind.samples:
         next_command("Train on one of them:", "torchgraft train sample:NAME")
     elif kind is Kind.sites:
@@ -99,8 +104,30 @@ def _method_row(row: dict[str, Any]) -> dict[str, Any]:
 
 def _backbones(pattern: str | None) -> list[dict[str, Any]]:
     from torchgraft.backbones import list_backbones
+    from torchgraft.backbones.facts import Facts, counted_facts, published_facts
 
-    return [{"name": name} for name in list_backbones(pattern)]
+    names = list_backbones(pattern)
+    facts = {name: published_facts(name) for name in names}
+    if len(names) <= _FEW:
+        with working("counting parameters and operations") as tick:
+            for name in names:
+                tick(name)
+                facts[name] = facts[name] or counted_facts(name)
+    return [dataclasses.asdict(facts[name] or Facts(name)) for name in names]
+
+
+def _backbone_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A backbone as a row of the table."""
+    data = f" ({row['data']})" if row["data"] else ""
+    return {
+        "name": row["name"],
+        "parameters": f"{row['parameters']:,}" if row["parameters"] else "",
+        "GMACs": f"{row['gmacs']:.2f} @{row['side']}" if row["gmacs"] else "",
+        "top-1": f"{row['top1']:.1f}{data}" if row["top1"] else "",
+        "channels": " ".join(map(str, row["channels"])),
+        "strides": " ".join(map(str, row["strides"])),
+        "runs with": row["runs_with"],
+    }
 
 
 def _assets(pattern: str | None) -> list[dict[str, Any]]:
@@ -145,7 +172,7 @@ _LISTERS: dict[Kind, Callable[[str | None], list[dict[str, Any]]]] = {
 
 _SHOWN: dict[Kind, Callable[[dict[str, Any]], dict[str, Any]]] = {
     Kind.methods: _method_row,
-    Kind.backbones: lambda row: row,
+    Kind.backbones: _backbone_row,
     Kind.assets: lambda row: {
         "name": row["name"],
         "kind": row["kind"],
