@@ -78,7 +78,7 @@ def test_an_unknown_argument_is_an_error(name):
 @every
 def test_the_default_configuration_describes_the_model(name):
     with torch.device("meta"):
-        model = timm.create_model(name)
+        model = timm.create_model(name).eval()
         cfg = model.default_cfg
         state = model.state_dict()
         x = torch.zeros(1, *cfg["input_size"])
@@ -179,7 +179,7 @@ def test_both_wrappers_and_forward_intermediates_give_equal_maps(name):
     whole = make(name)
     x = image(1, 96)
     state = whole.state_dict()
-    getter = FeatureGetterNet(copy.deepcopy(whole))
+    getter = FeatureGetterNet(copy.deepcopy(whole), out_indices=len(whole.feature_info))
     listed = timm.create_model(name, features_only=True, pretrained=True, pretrained_cfg_overlay={"state_dict": state})
     listed.eval()
     final, taps = whole.forward_intermediates(x)

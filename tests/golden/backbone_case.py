@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ class BackboneCase(GoldenCase):
         rename: Official key -> our key, or None when the converter drops it.
         outputs: Name of an output -> path of the module that returns it, besides what ``forward`` gives.
         dead: Whether the official module owns a tensor and never uses it.
+        optional: Outputs that a case of the form need not hold.
     """
 
     def __init__(
@@ -28,9 +29,11 @@ class BackboneCase(GoldenCase):
         rename: Callable[[str], str | None],
         outputs: Mapping[str, str] | None = None,
         dead: Callable[[str], bool] = lambda key: False,
+        optional: Iterable[str] = (),
     ) -> None:
         self.model, self._rename = model.eval(), rename
         self._outputs, self._dead = dict(outputs or {}), dead
+        self.optional = frozenset(optional)
 
     def name_of(self, key: str) -> str | None:
         return None if is_derived(key) or self._dead(key) else self._rename(key)

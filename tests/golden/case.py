@@ -42,6 +42,9 @@ class StateError(Exception):
 class GoldenCase(ABC):
     """A system under test. Built in evaluation mode; ``train`` switches it."""
 
+    optional: frozenset[str] = frozenset()
+    """Outputs that only some cases of a form store; the others are compared in every case."""
+
     @abstractmethod
     def name_of(self, key: str) -> str | None:
         """Our name for an official key, or None when a converter may drop it.

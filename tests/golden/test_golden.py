@@ -163,7 +163,8 @@ def _run(folder: Path, name: str) -> Run:
     files, case, inputs = loaded.files, loaded.case, loaded.inputs()
     case.train(files.mode == "train")
     frozen_before = _snapshot(case.frozen())
-    outputs = case.run(inputs)
+    unstored = case.optional - files.tensors["output"].keys()
+    outputs = {name: tensor for name, tensor in case.run(inputs).items() if name not in unstored}
     after = _snapshot(case.state())
     if files.tensors["grad"]:
         case.loss(outputs).backward()

@@ -129,7 +129,12 @@ FAMILIES: dict[str, Family] = {
     "tf_efficientnetv2": Family(_timm("test_efficientnet")),
     "mobilenetv3": Family(_timm("mobilenetv3_small_050")),
     "ghostnet": Family(_timm("ghostnet_050")),
+    "ghost_regnet": Family(_timm("test_ghost_regnet", 64), side=64),
     "mambaout": Family(_timm("test_mambaout")),
+    "hornet": Family(_timm("test_hornet")),
+    "hornet_gf": Family(_timm("test_hornet_gf", 64), side=64),
+    "internimage": Family(_timm("test_internimage")),
+    "internimage_clip": Family(_timm("test_internimage_clip")),
     # timm, attention and mixing
     "vit": Family(_vit()),
     "deit_distilled": Family(
@@ -141,6 +146,8 @@ FAMILIES: dict[str, Family] = {
     "swin": Family(_swin_v1),
     "maxvit": Family(_timm("test_maxvit", 64, img_size=64), side=64),
     "coatnet": Family(_timm("test_coatnet", 64, img_size=64), side=64),
+    "hatnet": Family(_timm("test_hatnet", 64), side=64),
+    "revcol": Family(_timm("test_revcol", 64), side=64),
     "beit": Family(
         lambda: tm.Beit(
             img_size=32,

@@ -14,6 +14,7 @@ from ..lean.meter import flops
 from . import timm_api
 from .provenance import data_config_of
 from .published import Published
+from .taps import correct_taps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ def counted_facts(name: str) -> Facts:
     """What a timm model without weights or memory tells; :class:`Facts` with a name alone where it cannot be built."""
     try:
         with torch.device("meta"):
-            model = timm.create_model(name).eval()
+            model = correct_taps(timm.create_model(name)).eval()
             channels, side = data_config_of(model)["input_size"][:2]
             images = torch.empty(1, channels, side, side)
         parameters = sum(p.numel() for p in model.parameters())

@@ -20,8 +20,6 @@ Parameters (ImageNet-1K head): 002 1,825,440; 032 10,511,000; 040 15,726,268; 08
 in ``PUBLISHED``. Published for the last four: 10.5, 15.7, 24.6 and 32.4 million.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

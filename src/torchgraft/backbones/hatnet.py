@@ -1,19 +1,13 @@
 """HAT-Net: pyramid of hierarchical attention and depthwise-convolution MLPs on (B, C, H, W) maps.
 
 "Vision Transformers with Hierarchical Attention", arXiv:2106.03180 (Machine Intelligence Research 2024), first titled
-"Transformer in Convolutional Neural Networks". Attention runs twice, first inside G x G windows, then from every
-position to an average-pooled map, so that its cost grows with H W (G^2 + H W / r^2) and not with (H W)^2:
+"Transformer in Convolutional Neural Networks". Each of the four stages is a step down and blocks of
 
-    x = x + attn(x)         x = x + conv(x)
-    q, k, v = qkv(norm(x))                                                 (B, h, H W, d) each, h = C / d heads
-    L = softmax(q k^T / sqrt(d)) v                                         inside each window: (B, C, H, W)
-    A = grid_norm(x + L)
-    K, V = kv(ds_norm(avg_pool_r(A)))                                      (B, h, (H // r) (W // r), d) each
-    attn(x) = proj(A + softmax(q(A) K^T / sqrt(d)) V)                      with G = 1 only: proj(softmax(q k^T) v)
-    conv(x) = norm(W2 silu(depthwise_kxk(silu(W1 norm(x)))))               W1: C -> e C, W2: e C -> C
+    x = x + attn(x)         inside G x G windows, then to a map pooled over r x r: .hatnet_attention
+    x = x + conv(x)         conv(x) = norm(W2 silu(depthwise_kxk(silu(W1 norm(x)))))      W1: C -> e C, W2: e C -> C
 
-Every norm is a GroupNorm with one group. Nothing depends on the size of the input: where a map is no multiple of G the
-windows at its edge are padded and the padding is hidden from the softmax.
+with GroupNorms of one group. The cost grows with H W (G^2 + H W / r^2), not with (H W)^2, and nothing depends on the
+size of the image.
 
 Parameters (ImageNet-1K head, without the norms of the published code that no output depends on): tiny 12,650,152,
 small 25,738,568, medium 42,925,960, large 63,108,936. Published: 12.7, 25.7, 42.9 and 63.1 million.
@@ -21,165 +15,24 @@ small 25,738,568, medium 42,925,960, large 63,108,936. Published: 12.7, 25.7, 42
 
 # Annotations are objects here, not strings: FX hands that of an input on to TorchScript, which knows no string.
 import re
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import (
-    ClassifierHead,
-    DropPath,
-    GroupNorm1,
-    calculate_drop_path_rates,
-    get_device_dtype,
-    trunc_normal_,
-)
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ..errors import GraftError
+from .hatnet_attention import Attention, HierarchicalAttention, map_norm
 from .published import Published
-from .timm_api import feature_take_indices, register_backbone, unwrapped
+from .pyramid import Pyramid
+from .timm_api import register_backbone, unwrapped
 
 __all__ = ["PUBLISHED", "HatNet", "checkpoint_filter_fn", "official_name"]
 
-_norm = partial(GroupNorm1, eps=1e-6)
 
-
-class Attention(nn.Module):
-    """Attention of every position to every other: the form without windows (G = 1).
-
-    Shapes: (B, C, H, W) -> (B, C, H, W).
-
-    Args:
-        dim: C.
-        head_dim: Channels d of a head; divides C.
-        drop: Rate at which channels of the output are dropped.
-        device: Where the parameters are made.
-        dtype: Their type.
-    """
-
-    def __init__(self, dim: int, head_dim: int, drop: float = 0.0, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.head_dim = head_dim
-        self.norm = _norm(dim, **dd)
-        self.qkv = nn.Conv2d(dim, 3 * dim, 1, **dd)
-        self.proj = nn.Conv2d(dim, dim, 1, **dd)
-        self.drop = nn.Dropout2d(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What is added to the residual stream."""
-        q, k, v = _heads(self.qkv(self.norm(x)), 3, self.head_dim).unbind(0)
-        attended = _map(F.scaled_dot_product_attention(q, k, v), x.shape[2], x.shape[3])
-        return self.drop(self.proj(attended))
-
-
-class HierarchicalAttention(Attention):
-    """H-MHSA: attention inside windows, then to a pooled map (section 3 of the paper).
-
-    Shapes: (B, C, H, W) -> (B, C, H, W), for any H and W. A position attends to exactly the positions of its window
-    that are on the map.
-
-    Args:
-        dim: C.
-        head_dim: Channels d of a head; divides C.
-        grid: Side G of the windows.
-        ratio: Side r of the squares that the second attention's keys and values average; a map smaller than that is
-            averaged as a whole.
-        drop: Rate at which channels of the output are dropped.
-        device: Where the parameters are made.
-        dtype: Their type.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        head_dim: int,
-        grid: int,
-        ratio: int,
-        drop: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(dim, head_dim, drop, device=device, dtype=dtype)
-        dd = {"device": device, "dtype": dtype}
-        self.grid, self.ratio = grid, ratio
-        self.grid_norm = _norm(dim, **dd)
-        self.q = nn.Conv2d(dim, dim, 1, **dd)
-        self.ds_norm = _norm(dim, **dd)
-        self.kv = nn.Conv2d(dim, 2 * dim, 1, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What is added to the residual stream."""
-        _, _, height, width = x.shape
-        qkv = self.qkv(self.norm(x))
-        # Only what the windows hold is padded, so that no norm and no bias ever sees the padding.
-        q, k, v = _windows(qkv, 3, self.head_dim, self.grid).unbind(0)
-        local = F.scaled_dot_product_attention(q, k, v, attn_mask=_on_the_map(x, self.grid))
-        # x and a come first in the sums: their memory format is the one to keep.
-        a = self.grid_norm(x + _from_windows(local, height, width, self.grid))
-        query = _heads(self.q(a), 1, self.head_dim)[0]
-        key, value = _heads(self.kv(self.ds_norm(_pooled(a, self.ratio))), 2, self.head_dim).unbind(0)
-        distant = F.scaled_dot_product_attention(query, key, value)
-        return self.drop(self.proj(a + _map(distant, height, width)))
-
-
-def _heads(x: Tensor, parts: int, head_dim: int) -> Tensor:
-    """(B, P h d, H, W) -> (P, B, h, H W, d); of a channels-last map no copy is made."""
-    tokens = x.flatten(2).transpose(1, 2).contiguous()
-    return tokens.unflatten(2, [parts, -1, head_dim]).permute(2, 0, 3, 1, 4)
-
-
-def _map(heads: Tensor, height: int, width: int) -> Tensor:
-    """(B, h, H W, d) -> (B, h d, H, W)."""
-    return heads.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, [height, width])
-
-
-@fx.wrap
-def _windows(x: Tensor, parts: int, head_dim: int, grid: int) -> Tensor:
-    """(B, P h d, H, W) -> (P, B rows columns, h, G G, d): windows of the map, padded with zeros below and right."""
-    batch, channels, height, width = x.shape
-    x = x.permute(0, 2, 3, 1)
-    below, right = -height % grid, -width % grid
-    if below > 0 or right > 0:
-        x = F.pad(x, [0, 0, 0, right, 0, below])
-    rows, columns = (height + below) // grid, (width + right) // grid
-    heads = channels // (parts * head_dim)
-    x = x.reshape(batch, rows, grid, columns, grid, parts, heads, head_dim).permute(5, 0, 1, 3, 6, 2, 4, 7)
-    return x.reshape(parts, batch * rows * columns, heads, grid * grid, head_dim)
-
-
-def _from_windows(x: Tensor, height: int, width: int, grid: int) -> Tensor:
-    """(B rows columns, h, G G, d) -> (B, h d, H, W): the inverse of :func:`_windows`, without the padding."""
-    rows, columns = -(-height // grid), -(-width // grid)
-    _, heads, _, head_dim = x.shape
-    x = x.reshape(-1, rows, columns, heads, grid, grid, head_dim).permute(0, 1, 4, 2, 5, 3, 6)
-    x = x.reshape(-1, rows * grid, columns * grid, heads * head_dim)
-    return x[:, :height, :width].permute(0, 3, 1, 2)
-
-
-@fx.wrap
-def _on_the_map(x: Tensor, grid: int) -> Tensor | None:
-    """Which positions of the windows are no padding: (B rows columns, 1, 1, G G); None where all are on the map."""
-    batch, _, height, width = x.shape
-    below, right = -height % grid, -width % grid
-    mask: Tensor | None = None
-    if below > 0 or right > 0:
-        real = torch.ones(height, width, dtype=torch.bool, device=x.device)
-        real = F.pad(real, [0, right, 0, below]).unflatten(1, [-1, grid]).unflatten(0, [-1, grid])
-        mask = real.transpose(1, 2).reshape(-1, 1, 1, grid * grid).repeat(batch, 1, 1, 1)
-    return mask
-
-
-@fx.wrap
-def _pooled(x: Tensor, ratio: int) -> Tensor:
-    """(B, C, H, W) -> (B, C, H // r, W // r): means of squares; along a side shorter than r, of all of it."""
-    return F.avg_pool2d(x, [min(ratio, x.shape[2]), min(ratio, x.shape[3])])
-
-
-class ConvMlp(nn.Module):
+class DepthwiseMlp(nn.Module):
     """MLP of 1 x 1 convolutions with a depthwise convolution at the wide end.
 
     Shapes: (B, C, H, W) -> (B, C, H, W). Parameters: ``2 e C C + k k e C + 4 C``.
@@ -199,10 +52,10 @@ class ConvMlp(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         wide = expansion * dim
-        self.conv1 = nn.Sequential(_norm(dim, **dd), nn.Conv2d(dim, wide, 1, bias=False, **dd), nn.SiLU())
+        self.conv1 = nn.Sequential(map_norm(dim, **dd), nn.Conv2d(dim, wide, 1, bias=False, **dd), nn.SiLU())
         depthwise = nn.Conv2d(wide, wide, kernel_size, padding=kernel_size // 2, groups=wide, bias=False, **dd)
         self.conv2 = nn.Sequential(depthwise, nn.SiLU(), nn.Dropout2d(drop))
-        self.conv3 = nn.Sequential(nn.Conv2d(wide, dim, 1, bias=False, **dd), _norm(dim, **dd), nn.Dropout2d(drop))
+        self.conv3 = nn.Sequential(nn.Conv2d(wide, dim, 1, bias=False, **dd), map_norm(dim, **dd), nn.Dropout2d(drop))
 
     def forward(self, x: Tensor) -> Tensor:
         """What is added to the residual stream."""
@@ -248,7 +101,7 @@ class Block(nn.Module):
             else Attention(dim, head_dim, proj_drop, **dd)
         )
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.conv = ConvMlp(dim, expansion, kernel_size, proj_drop, **dd)
+        self.conv = DepthwiseMlp(dim, expansion, kernel_size, proj_drop, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -263,7 +116,7 @@ class Downsample(nn.Module):
     def __init__(self, dim: int, out_dim: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, device=device, dtype=dtype)
-        self.norm = _norm(out_dim, device=device, dtype=dtype)
+        self.norm = map_norm(out_dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Half the resolution, other channels."""
@@ -287,7 +140,7 @@ class Stage(nn.Module):
         return self.blocks(x)
 
 
-class HatNet(nn.Module):
+class HatNet(Pyramid):
     """HAT-Net.
 
     Shapes: (B, in_chans, H, W) -> (B, num_classes), for any H and W. The maps of the stages have strides 4, 8, 16
@@ -346,7 +199,7 @@ class HatNet(nn.Module):
 
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, stem_width, 3, stride=2, padding=1, **dd),
-            _norm(stem_width, **dd),
+            map_norm(stem_width, **dd),
             nn.SiLU(),
             nn.Conv2d(stem_width, dims[0], 3, stride=2, padding=1, **dd),
         )
@@ -366,91 +219,6 @@ class HatNet(nn.Module):
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         self.apply(_init_weights)
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups from the input to the output, per stage or per block."""
-        by_block = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else by_block}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping what they save."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable  # type: ignore[assignment]
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The linear layer (``nn.Identity`` without classes)."""
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Make a new classifier; ``global_pool=None`` keeps the pooling."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
-        self.head_hidden_size = self.head.num_features
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps behind the stages.
-
-        Args:
-            x: Images (B, in_chans, H, W).
-            indices: Which maps: the last so many, a list, or all.
-            norm: Of no effect: the network has no final norm.
-            stop_early: Leave out the stages behind the last map that is asked for.
-            output_fmt: ``"NCHW"``.
-            intermediates_only: Return the maps alone.
-
-        Returns:
-            The maps, or the output of :meth:`forward_features` and the maps.
-        """
-        assert output_fmt == "NCHW", "Output shape must be NCHW."
-        intermediates: list[Tensor] = []
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        x = self.stem(x)
-        if torch.jit.is_scripting() or not stop_early:
-            stages = self.stages
-        else:
-            stages = self.stages[: max_index + 1]
-        for i, stage in enumerate(stages):
-            x = stage(x)
-            if i in take_indices:
-                intermediates.append(x)
-        if intermediates_only:
-            return intermediates
-        return x, intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the stages behind the last map that is asked for, and the head; returns the maps' indices."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        shorter = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
-        self.num_features = self.feature_info[max_index]["num_chs"]
-        if prune_head or shorter:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) -> map (B, num_features, ceil(H / 32), ceil(W / 32))."""
-        return self.stages(self.stem(x))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The map -> (B, num_classes); with ``pre_logits`` (B, head_hidden_size)."""
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) -> (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
 
 
 def _check(

@@ -19,11 +19,11 @@ __all__ = [
     "unwrapped",
 ]
 
-ARCHITECTURES: tuple[str, ...] = ("ghost_regnet", "hatnet", "hornet")
+ARCHITECTURES: tuple[str, ...] = ("ghost_regnet", "hatnet", "hornet", "internimage", "revcol")
 """The modules of this package that define backbones timm lacks."""
 
 _WRAPPERS = ("model", "state_dict", "model_ema", "state_dict_ema", "module")
-_PREFIXES = ("module.", "backbone.")
+_PREFIX, _BACKBONE = "module.", "backbone."
 
 F = TypeVar("F", bound=Callable[..., nn.Module])
 
@@ -35,7 +35,9 @@ def register_backbone(build: F) -> F:
     """
     name = build.__name__
     taken = is_model(name) and model_entrypoint(name).__module__ != build.__module__
-    return build if taken else register_model(build)
+    if not taken:
+        register_model(build)
+    return build
 
 
 def register_architectures() -> None:
@@ -47,6 +49,8 @@ def register_architectures() -> None:
 def unwrapped(checkpoint: dict) -> dict:
     """The state dict inside a checkpoint: out of its wrapper, without the prefixes of wrapping modules.
 
+    Of a detector or segmentor (``backbone.``, ``neck.``, ``decode_head.``) that is the backbone alone.
+
     Args:
         checkpoint: What an official file holds: a state dict, or one under ``model``, ``state_dict``, ``model_ema``,
             ``state_dict_ema`` or ``module``. It is not changed.
@@ -55,7 +59,6 @@ def unwrapped(checkpoint: dict) -> dict:
     for wrapper in _WRAPPERS:
         if isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    for prefix in _PREFIXES:
-        if any(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return dict(state)
+    state = {key.removeprefix(_PREFIX): value for key, value in state.items()}
+    of_backbone = {k.removeprefix(_BACKBONE): v for k, v in state.items() if k.startswith(_BACKBONE)}
+    return of_backbone or state

@@ -17,6 +17,8 @@ import itertools
 import re
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from ..errors import GraftError
 from .blocks import class_name
 from .layers import is_conv, is_norm
@@ -171,7 +173,8 @@ class _Finder:
         behind = [p for p in self.called if self.order(p) > start]
         for i, path in enumerate(behind):
             holds = returns.path.startswith(path + ".")
-            normed = is_norm(self.anatomy.module(path)) and self._drops_after(behind[i + 1 :])
+            after = self._in_sequence(returns.path, path) or self._drops_after(behind[i + 1 :])
+            normed = is_norm(self.anatomy.module(path)) and after
             if (holds and self._holds_sum(path)) or not (holds or normed or self._is_on_the_way(path)):
                 break
             if within and not holds:
@@ -179,6 +182,12 @@ class _Finder:
             if self.calls[path].count == 1 and self.calls[path].output in shapes:
                 found = Point(path, "output")
         return found
+
+    def _in_sequence(self, layer: str, path: str) -> bool:
+        """Whether both stand in one ``nn.Sequential``, so that no sum comes between them."""
+        holder = layer.rpartition(".")[0]
+        same = path.rpartition(".")[0] == holder
+        return same and isinstance(self.anatomy.module(holder), nn.Sequential)
 
     def _is_on_the_way(self, path: str) -> bool:
         shortcut = path.rpartition(".")[2] in ("shortcut", "downsample", "skip")

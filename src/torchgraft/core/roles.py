@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from .blocks import class_name, inner_modules
-from .layers import is_conv, is_norm
+from .layers import in_channels, is_conv, is_norm, out_channels
 
 _ONE_SITE = re.compile(r"^BasicBlock|^(SelectiveKernel|PreAct|ResNet|Dla)Basic(Layer)?$|^SEResNetBlock$")
 """Blocks of two plain 3x3 convolutions: the first one is the site (Conv-Adapter's basic block)."""
@@ -21,6 +21,8 @@ _GATE = re.compile(
 _ATTENTION = re.compile(r"Att(entio)?n|SH[MS]A|MHSA|MLA")
 _SPLIT = re.compile(r"^SplitAttn|^SelectiveKernel(Attn|Conv)?$")
 """Convolutions with several paths that are weighted against each other."""
+_CONV_MLP = re.compile(r"^DepthwiseMlp$")
+"""MLPs of 1x1 convolutions that no name of an attribute tells."""
 
 _NAMES = {
     "attn.qkv": "qkv qkvs pwise in_proj to_qkv c_attn query_key_value Wqkv qkv_proj",
@@ -127,13 +129,15 @@ def _mlp_roles(layers: dict[str, nn.Module], inner: dict[str, nn.Module]) -> dic
         if any(_TOKENS.search(p) for p in parts) or _inside(path, inner, _GATE, _SPLIT):
             continue
         names = parts[-2:] if parts[-1] in ("linear", "conv", "dense", "c", "l") else parts[-1:]
-        if is_conv(module) and (max(module.kernel_size) > 1 or not any("mlp" in p or "ffn" in p for p in parts[:-1])):  # type: ignore[arg-type]
+        within = _inside(path, inner, _CONV_MLP)
+        called = within or any("mlp" in p or "ffn" in p for p in parts[:-1])
+        if is_conv(module) and (max(module.kernel_size) > 1 or not called):  # type: ignore[arg-type]
             continue
         named = next((_IN_MLP[n] for n in names if n in _IN_MLP), None)
         if named or parts[-2:] == ["output", "dense"]:
             roles[path] = named or "mlp.fc2"
-        elif isinstance(module, nn.Linear):
-            plain.append((path, module.in_features, module.out_features))
+        elif isinstance(module, nn.Linear) or within:
+            plain.append((path, in_channels(module) or 0, out_channels(module) or 0))
     for i, (path, cin, wide) in enumerate(plain):
         back = next((p for p, a, b in plain[i + 1 :] if b == cin and a in (wide, wide // 2)), None)
         if wide > cin and back is not None:

@@ -40,11 +40,10 @@ def g_ghost(config: Config, mode: str) -> GoldenCase:
         model = GGhostRegNet(**{name: config[name] for name in _G_GHOST - {"drop_rate"}}, drop_rate=0.0)
     except GraftError as error:
         raise CaseError(str(error)) from error
-    outputs = {f"stage{i}": f"layer{i + 1}" for i in range(4)}
-    for i in range(4):
-        if isinstance(model.get_submodule(f"layer{i + 1}"), GhostStage):
-            outputs[f"merge{i}"] = f"layer{i + 1}.merge"
-    return BackboneCase(model, official_name, outputs)
+    stages = {f"stage{i}": f"layer{i + 1}" for i in range(4)}
+    ghosts = [i for i in range(4) if isinstance(model.get_submodule(f"layer{i + 1}"), GhostStage)]
+    mixes = {f"merge{i}": f"layer{i + 1}.merge" for i in ghosts}
+    return BackboneCase(model, official_name, stages | mixes, optional=mixes)
 
 
 FORMS = {"c_ghost": c_ghost, "g_ghost": g_ghost}
@@ -52,14 +51,9 @@ FORMS = {"c_ghost": c_ghost, "g_ghost": g_ghost}
 
 def _ghost(module: GhostModule, config: Config, act: type[nn.Module]) -> GhostModule:
     """The same module with the ratio and the cheap kernel of the case, which timm's network does not pass on."""
-    convolution = module.primary_conv[0]
-    return GhostModule(
-        convolution.in_channels,
-        module.out_chs,
-        ratio=config["ratio"],
-        dw_size=config["dw_size"],
-        act_layer=act,
-    )
+    convolution: nn.Conv2d = module.primary_conv[0]  # type: ignore[assignment]
+    size = {"ratio": config["ratio"], "dw_size": config["dw_size"]}
+    return GhostModule(convolution.in_channels, module.out_chs, act_layer=act, **size)
 
 
 def _check(config: Config, known: set[str]) -> None:
