@@ -21,7 +21,7 @@ def test_versions_devices_threads_assets_and_extras_are_looked_at(findings):
     assert "cores" in findings["threads"].detail
     assert {"cuda", "cuda:0"} & set(findings)
     assert any("sample:counting" in name for name in findings)
-    assert "transformers" in findings
+    assert "transformers" in findings and "dcnv3 on CPUs" in findings
 
 
 def test_whatever_is_absent_says_what_to_do(findings):

@@ -115,6 +115,14 @@ def _compilers() -> Iterator[Finding]:
         yield Finding("C++ compiler", "absent", "none found; slower pure torch code is used", advice)
 
 
+def _operators() -> Iterator[Finding]:
+    from torchgraft.ops import describe
+
+    advice = "install a C++ compiler (Debian: apt install g++); the kernel is compiled when it is first called"
+    for name, state, detail in describe():
+        yield Finding(name, state, detail, advice if state == "absent" else "")
+
+
 def _threads() -> Iterator[Finding]:
     import torch
 
@@ -171,7 +179,7 @@ def _extras() -> Iterator[Finding]:
 
 
 _CHECKS = (
-    _python, _packages, _torch_computes, _devices, _compilers, _threads, _memory, _disk, _registries, _assets,
+    _python, _packages, _torch_computes, _devices, _compilers, _operators, _threads, _memory, _disk, _registries, _assets,
     _extras,
 )  # fmt: skip
 

@@ -116,6 +116,8 @@ class Geometry(NamedTuple):
                 raise GraftError(f"dcnv3: {name} is {tensor.dtype}; one of {expected} expected")
             if (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
                 raise GraftError(f"dcnv3: {name} is {tensor.dtype} and x {x.dtype}; float64 goes with float64 only")
+        if torch.jit.is_tracing():
+            return  # sizes are tensors of the trace then, and a comparison would make them constants
         n, height, width, channels = x.shape
         if channels % self.groups:
             raise GraftError(f"dcnv3: x has {channels} channels, which groups={self.groups} does not divide")
