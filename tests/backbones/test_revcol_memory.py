@@ -484,6 +484,36 @@ def test_a_tensor_that_an_adapter_carries_past_a_level_keeps_that_level_as_it_is
         gradients(model, "reversible")
 
 
+@saving
+def test_switching_adapters_between_forward_and_backward_is_an_error(mode):
+    model = adapted("lora")
+    tg.attach(model, "lora", name="other", num_classes=5)
+    model.set_memory_mode(mode)
+    loss = model(images()).square().sum()
+    tg.activate(model, "default")
+    with pytest.raises(GraftError, match="switched between forward and backward") as raised:
+        loss.backward()
+    assert "\n" not in str(raised.value)
+
+
+def test_rows_with_adapters_of_their_own_have_the_gradients_of_off():
+    model = adapted("conv-adapter")
+    tg.attach(model, "lora", name="other", num_classes=5)
+    model.eval()
+    found = {}
+    for mode in ("off", "recompute"):
+        model.set_memory_mode(mode)
+        model.zero_grad(set_to_none=True)
+        with tg.route(model, ["default", "other"]):
+            loss = model(images()).square().sum()
+        loss.backward()
+        found[mode] = {k: p.grad for k, p in model.named_parameters()}
+    assert_equal(found["recompute"], found["off"], "recompute")
+    model.set_memory_mode("reversible")
+    with tg.route(model, ["default", "other"]), pytest.raises(GraftError, match="chosen by row"):
+        model(images())
+
+
 # -- when the way back is accurate ----------------------------------------------------------------------------
 
 

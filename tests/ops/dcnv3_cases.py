@@ -1,8 +1,9 @@
-"""Geometries, inputs and an explicit computation, shared by the tests of DCNv3."""
+"""Geometries, inputs, an explicit computation and comparisons, shared by the tests of DCNv3."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,3 +82,19 @@ def explicit(x: Tensor, offset: Tensor, mask: Tensor, case: Case) -> Tensor:
                         part = (1 - abs(py - y)) * (1 - abs(px - x_))
                         out[b, h, w, g] += weights[b, h, w, g, t] * part * maps[b, y, x_, g]
     return out.flatten(3)
+
+
+def gradients(y: Tensor, inputs: Sequence[Tensor], seed: int = 0) -> tuple[Tensor, ...]:
+    """Of a fixed random weighting of the output."""
+    given = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.autograd.grad(y, inputs, given.to(y.dtype))
+
+
+def leaves(*tensors: Tensor) -> list[Tensor]:
+    return [t.detach().clone().requires_grad_() for t in tensors]
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative to the largest number."""
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).abs().max() / b.abs().max())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import shutil
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from torchgraft.lean.meter import saved_bytes
 from torchgraft.ops import backend_in_use, dcnv3, describe, set_backend
 from torchgraft.ops.dcnv3 import backends
 
-from .dcnv3_cases import CASES, Case, explicit
+from .dcnv3_cases import CASES, Case, apart, explicit, gradients, leaves
 
 KERNELS = ("native", "torch")
 BACKENDS = (*KERNELS, *backends.FORMS)
@@ -37,22 +36,6 @@ def _or_skip(name: str) -> str:
     if name == "native" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("needs a C++ compiler")
     return name
-
-
-def gradients(y: Tensor, inputs: Sequence[Tensor], seed: int = 0) -> tuple[Tensor, ...]:
-    """Of a fixed random weighting of the output."""
-    given = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.autograd.grad(y, inputs, given.to(y.dtype))
-
-
-def leaves(*tensors: Tensor) -> list[Tensor]:
-    return [t.detach().clone().requires_grad_() for t in tensors]
-
-
-def apart(a: Tensor, b: Tensor) -> float:
-    """The largest difference, relative to the largest number."""
-    a, b = a.detach().double(), b.detach().double()
-    return float((a - b).abs().max() / b.abs().max())
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

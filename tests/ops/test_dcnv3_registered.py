@@ -15,8 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torchgraft import GraftError
 from torchgraft.ops import dcnv3
 
-from .dcnv3_cases import Case
-from .test_dcnv3 import apart, gradients, leaves
+from .dcnv3_cases import Case, apart, gradients, leaves
 
 
 class Sampler(nn.Module):

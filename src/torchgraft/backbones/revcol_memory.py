@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -97,17 +98,27 @@ def _run_under(run: _Run, level: Level, maps: tuple[Any, ...]) -> Tensor:
 
 def _idempotent(level: Level) -> Any:
     """The level's computation; a second run leaves no trace in buffers (BatchNorm's statistics)."""
+    acting = _acting(level)
 
     def compute(*maps: Any) -> Tensor:
-        with _same_buffers(level) if recomputing() else contextlib.nullcontext():
+        with _second_run(level, acting) if recomputing() else contextlib.nullcontext():
             return level.compute(*maps)
 
     return compute
 
 
 @contextlib.contextmanager
-def _same_buffers(level: nn.Module) -> Iterator[None]:
-    """Computations inside work on copies of the buffers."""
+def _second_run(level: Level, acting: list[Any]) -> Iterator[None]:
+    """Computations inside work on copies of the buffers.
+
+    Raises:
+        GraftError: Other adapters are active than in the first run.
+    """
+    now = _acting(level)
+    if len(now) != len(acting) or any(a is not b for a, b in zip(now, acting, strict=True)):
+        raise GraftError(
+            f"revcol: the adapters of {level.place()} were switched between forward and backward; call backward() first"
+        )
     owners = [(m, dict(m._buffers)) for m in level.modules() if m._buffers]
     try:
         for module, own in owners:
@@ -128,19 +139,24 @@ def _draws(level: nn.Module) -> bool:
     return any(module.training for module in level.modules())
 
 
+def _acting(level: nn.Module) -> list[Any]:
+    """What the active adapters do inside the level."""
+    points = [point for m in level.modules() if (point := existing_point(m)) is not None]
+    return [a for p in points for a in (*p.before, *p.around, *p.after, *itertools.chain(*p.views.values()))]
+
+
 def _is_open(level: nn.Module) -> bool:
-    """Whether an adapter carries a tensor into the level or out of it, past the level's arguments and output."""
+    """Whether the level depends on more than its arguments.
+
+    So it does where an adapter carries a tensor into it or out of it, and where every row of a batch has an adapter of
+    its own, which the ``with`` block around the forward says.
+    """
+    if any((point := existing_point(m)) is not None and point.router is not None for m in level.modules()):
+        return True
     ends: collections.Counter[int] = collections.Counter()
-    for module in level.modules():
-        point = existing_point(module)
-        if point is None:
-            continue
-        if point.router is None:
-            actions = [*point.before, *point.around, *point.after]
-        else:
-            actions = [action for listed in point.actions.values() for _, action in listed]
-        taps = (getattr(a, "tap", None) or getattr(getattr(a, "placement", None), "tap", None) for a in actions)
-        ends.update(id(tap) for tap in taps if tap is not None)
+    for action in _acting(level):
+        tap = getattr(action, "tap", None) or getattr(getattr(action, "placement", None), "tap", None)
+        ends.update([id(tap)] if tap is not None else [])
     return 1 in ends.values()
 
 
@@ -219,8 +235,8 @@ def check_reversible(grid: Sequence[Sequence[Level]]) -> str | None:
 def _reversible(level: Level, maps: tuple[Any, ...]) -> Tensor:
     if _is_open(level):
         raise GraftError(
-            f"revcol: an adapter carries a tensor past the maps of {level.place()}, which the reversible mode cannot "
-            'follow; use memory="recompute"'
+            f"revcol: adapters carry a tensor past the maps of {level.place()} or are chosen by row, which the "
+            'reversible mode cannot follow; use memory="recompute"'
         )
     chain = _chain_through(level, maps)
     run = _Back(chain, level, maps)
@@ -265,10 +281,11 @@ def _chain_through(level: Level, maps: tuple[Any, ...]) -> _Chain:
 class _Record:
     """What the second run of a level needs besides maps."""
 
-    __slots__ = ("autocast", "level", "needs", "random")
+    __slots__ = ("acting", "autocast", "level", "needs", "random")
 
     def __init__(self, level: Level, run: _Back) -> None:
-        self.level, self.autocast, self.random, self.needs = level, run.autocast, run.random, run.needs
+        self.level, self.acting = level, _acting(level)
+        self.autocast, self.random, self.needs = run.autocast, run.random, run.needs
 
 
 class _Chain:
@@ -351,7 +368,12 @@ class _Chain:
         needs_lower, needs_same, needs_upper, needs_top = record.needs
         lower, upper, top = map(_fresh, given, (needs_lower, needs_upper, needs_top))
         grad = torch.set_grad_enabled(collect is not None)
-        with grad, torch.autocast(device, **state), _with_random_state(record.random), _same_buffers(level):
+        with (
+            grad,
+            torch.autocast(device, **state),
+            _with_random_state(record.random),
+            _second_run(level, record.acting),
+        ):
             push(collect or Reference, unpack)
             try:
                 found = level.branch(lower, upper, top)
