@@ -47,8 +47,16 @@ def test_a_package_that_does_not_exist_stays_unknown(package):
     sys.meta_path[:] = finders
 
 
-@pytest.mark.parametrize("order", ["import torchgraft, timm", "import timm, torchgraft"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import torchgraft, timm",
+        "import timm, torchgraft",
+        "import torchgraft.lean.install, timm",
+        "import torchgraft.backbones.revcol, timm",
+    ],
+)
 def test_importing_torchgraft_makes_its_backbones_known_to_timm(order):
-    code = f"{order}\nassert timm.is_model('hornet_tiny_7x7') and timm.is_model('resnet50')"
+    code = f"{order}\nassert timm.is_model('revcol_tiny') and timm.is_model('resnet50')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

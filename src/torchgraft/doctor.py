@@ -179,8 +179,8 @@ def _extras() -> Iterator[Finding]:
 
 
 _CHECKS = (
-    _python, _packages, _torch_computes, _devices, _compilers, _operators, _threads, _memory, _disk, _registries, _assets,
-    _extras,
+    _python, _packages, _torch_computes, _devices, _compilers, _operators, _threads, _memory, _disk, _registries,
+    _assets, _extras,
 )  # fmt: skip
 
 

@@ -351,7 +351,7 @@ def test_columns_ahead_of_the_first_one_that_trains_keep_nothing_of_their_own():
 @saving
 def test_all_that_was_kept_is_released_without_the_garbage_collector(mode, monkeypatch):
     alive = weakref.WeakSet()
-    for name in ("_Run", "_Back", "_Chain"):
+    for name in ("SecondRun", "_Back", "_Chain"):
         base = getattr(revcol_memory, name)
         monkeypatch.setattr(base, "__init__", _noting(base.__init__, alive))
     model = small(columns=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -157,3 +158,19 @@ def test_a_block_that_a_branch_leaves_is_not_run_twice() -> None:
     tg.attach(model, "conv-adapter", name="closed", lean="checkpoint")
     assert len([n for n, m in model.named_modules() if has_layer(m, Recomputed)]) >= max(1, len(twice))
     assert not any(is_conv(m) and Recomputed in anatomy_of(type(m))[1] for m in model.modules())
+
+
+@pytest.mark.parametrize("policy", ["train", "adapt"])
+def test_blocks_with_norms_that_follow_the_batch_keep_gradients_and_statistics(policy: str) -> None:
+    found = {}
+    for level in (False, "checkpoint"):
+        torch.manual_seed(0)
+        model = timm.create_model("test_resnet")
+        adapter = tg.attach(model, "lora", num_classes=3, batchnorm=policy, lean=level, fold=False)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        model.train()(torch.randn(4, 3, 64, 64)).square().mean().backward()
+        statistics = [b for n, b in model.state_dict().items() if "running" in n]
+        found[level] = [*(p.grad for p in adapter.parameters()), *statistics]
+    assert all(torch.equal(a, b) for a, b in zip(found[False], found["checkpoint"], strict=True))

@@ -5,8 +5,6 @@ Run by ``test_dcnv3_triton.py`` in a process of its own, because Triton chooses 
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
@@ -48,7 +46,7 @@ def test_narrow_and_mixed_types_are_computed_in_float32(dtypes: tuple[torch.dtyp
         assert apart(ours, wanted) < 2 * bound
 
 
-@pytest.mark.parametrize("wanted", list(itertools.permutations([True, False, False]))[::2], ids=str)
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 def test_only_the_gradients_that_are_needed_are_computed(wanted: tuple[bool, ...]) -> None:
     case = Case(groups=1, channels=8)
     inputs = case.inputs(n=1, dtype=torch.float32)

@@ -41,7 +41,6 @@ from torch import Tensor, nn
 
 from ..errors import GraftError
 from .published import Published
-from .revcol_memory import AlphaWatch, check_mode, run_level, smallest_alpha
 from .revcol_supervision import Supervised, Supervision, compound_loss
 from .timm_api import FeatureGetterNet, feature_take_indices, register_backbone, unwrapped
 
@@ -155,7 +154,7 @@ class Level(nn.Module):
     ) -> Tensor:
         """The level's map, from maps of this column (``lower``) and of the one before."""
         if not torch.jit.is_scripting():
-            return run_level(self, lower, same, upper, top)
+            return _memory_modes().run_level(self, lower, same, upper, top)
         return self.compute(lower, same, upper, top)
 
 
@@ -176,6 +175,16 @@ class Column(nn.Module):
                 x = level(x, _at(previous, i), _at(previous, i + 1), top)
                 maps.append(x)
         return maps
+
+
+def _memory_modes() -> Any:
+    """The module :mod:`.revcol_memory`, imported when it is used.
+
+    It needs the core, which imports timm, and importing timm brings this file.
+    """
+    from . import revcol_memory
+
+    return revcol_memory
 
 
 def _at(maps: list[Tensor], index: int) -> Tensor | None:
@@ -271,7 +280,7 @@ class RevCol(nn.Module):
         self.apply(_init_weights)
         if num_classes > 0 and head_init_scale != 1.0:
             self._scale_heads(head_init_scale)
-        self._alphas = AlphaWatch()
+        self._alphas = _memory_modes().AlphaWatch()
         self.set_memory_mode(memory)
 
     def _scale_heads(self, factor: float) -> None:
@@ -291,12 +300,12 @@ class RevCol(nn.Module):
             GraftError: There is no such mode. Whether ``"reversible"`` is accurate enough is looked at in the next
                 forward that autograd records, and whenever an alpha has changed.
         """
-        self.memory = check_mode(mode)
+        self.memory = _memory_modes().check_mode(mode)
         grid = self.grid()
         for level in itertools.chain(*grid):
             level.memory = mode
         if mode == "reversible" and not grid[0][0].alpha.is_meta:
-            _logger.info("reversible: min|alpha| = %.3g", smallest_alpha(grid))
+            _logger.info("reversible: min|alpha| = %.3g", _memory_modes().smallest_alpha(grid))
 
     @torch.jit.ignore
     def grid(self) -> list[list[Level]]:

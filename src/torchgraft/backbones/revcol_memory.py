@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from ..core.graft import existing_point, recomputing
 from ..errors import GraftError, nearest
 from ..lean.hooks import traces_eagerly
-from ..lean.recompute import _random_state, _Run, _with_random_state
+from ..lean.recompute import SecondRun, random_state, with_random_state
 from ..lean.saved import Packed, Reference, keep, outer_hooks, pop, push, unpack
 
 if TYPE_CHECKING:
@@ -79,10 +79,10 @@ def run_level(level: Level, lower: Any, same: Any, upper: Any, top: Any) -> Tens
 
 
 def _recompute(level: Level, maps: tuple[Any, ...]) -> Tensor:
-    return _run_under(_Run(_idempotent(level), maps, {}, _own(level), _draws(level)), level, maps)
+    return _run_under(SecondRun(_idempotent(level), maps, {}, _own(level), _draws(level)), level, maps)
 
 
-def _run_under(run: _Run, level: Level, maps: tuple[Any, ...]) -> Tensor:
+def _run_under(run: SecondRun, level: Level, maps: tuple[Any, ...]) -> Tensor:
     """The level's output; what it keeps goes to ``run``."""
     push(run.pack, unpack)
     try:
@@ -90,7 +90,7 @@ def _run_under(run: _Run, level: Level, maps: tuple[Any, ...]) -> Tensor:
     finally:
         pop()
     if run.random is not None:
-        now = _random_state(maps, {})
+        now = random_state(maps, {})
         if all(torch.equal(a, b) for (_, a), (_, b) in zip(run.random, now, strict=True)):
             run.random = None  # nothing was drawn; the state of the CPU's generator takes 5 kB
     return out
@@ -371,7 +371,7 @@ class _Chain:
         with (
             grad,
             torch.autocast(device, **state),
-            _with_random_state(record.random),
+            with_random_state(record.random),
             _second_run(level, record.acting),
         ):
             push(collect or Reference, unpack)
@@ -392,7 +392,7 @@ def _fresh(m: Any, need: bool) -> Any:
     return m if m is None else m.detach().requires_grad_(need)
 
 
-class _Back(_Run):
+class _Back(SecondRun):
     """One level's forward in a chain, and how to do it again from the chain's other end."""
 
     def __init__(self, chain: _Chain, level: Level, maps: tuple[Any, ...]) -> None:

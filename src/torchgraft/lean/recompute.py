@@ -8,11 +8,11 @@ so the second run ends before the last matrix product. And lean layers inside ar
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .hooks import traces_eagerly
@@ -24,15 +24,12 @@ class Recomputed:
 
     swap_rank = 6
     training: bool
-    parameters: Callable[[], Iterator[Tensor]]
-    buffers: Callable[[], Iterator[Tensor]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward."""
         if not traces_eagerly() or not all(map(_is_value, (*args, *kwargs.values()))):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        own = {t.untyped_storage()._cdata for t in (*self.parameters(), *self.buffers())}
-        run = _Run(super().forward, args, kwargs, own, self.training)  # type: ignore[misc]
+        run = SecondRun(super().forward, args, kwargs, _own_tensors(self), self.training)  # type: ignore[misc,arg-type]
         push(run.pack, unpack)
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -44,7 +41,7 @@ class _StopError(Exception):
     """All that the backward asks for has been computed."""
 
 
-class _Run:
+class SecondRun:
     """One forward of a module, and how to do it again."""
 
     def __init__(self, forward: Any, args: Any, kwargs: Any, own: set[int], training: bool) -> None:
@@ -56,7 +53,7 @@ class _Run:
         self.values: dict[int, Tensor] = {}
         # Read here: inside a hook the operator's own dispatch has switched autocast off.
         self.autocast = autocast_state(next((d.type for d in _devices(args, kwargs)), "cpu"))
-        self.random = _random_state(args, kwargs) if training else None
+        self.random = random_state(args, kwargs) if training else None
 
     def pack(self, t: Tensor) -> Packed:
         """A numbered place in the second run; what belongs to the module is referred to."""
@@ -106,7 +103,7 @@ class _Run:
             return Reference(t)
 
         device, state = self.autocast
-        with torch.enable_grad(), torch.autocast(device, **state), _with_random_state(self.random):
+        with torch.enable_grad(), torch.autocast(device, **state), with_random_state(self.random):
             push(collect, unpack)
             try:
                 self.forward(*args, **kwargs)
@@ -121,11 +118,17 @@ class _Slot:
 
     __slots__ = ("index", "run")
 
-    def __init__(self, run: _Run, index: int) -> None:
+    def __init__(self, run: SecondRun, index: int) -> None:
         self.run, self.index = run, index
 
     def unpack(self) -> Tensor:
         return self.run.value(self.index)
+
+
+def _own_tensors(module: nn.Module) -> set[int]:
+    """Storages that are the same in both runs; a norm that follows its batch works on copies in the second."""
+    steady = [b for m in module.modules() if not m.training for b in m._buffers.values() if b is not None]
+    return {t.untyped_storage()._cdata for t in (*module.parameters(), *steady)}
 
 
 def _is_value(given: Any) -> bool:
@@ -142,14 +145,15 @@ def _devices(args: Any, kwargs: Any) -> list[torch.device]:
     return [x.device for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
 
 
-def _random_state(args: Any, kwargs: Any) -> list[tuple[str, Tensor]]:
+def random_state(args: Any, kwargs: Any) -> list[tuple[str, Tensor]]:
     """State of the generators that the forward may draw from."""
     devices = {d for d in _devices(args, kwargs) if d.type == "cuda"}
     return [("cpu", torch.get_rng_state()), *((str(d), torch.cuda.get_rng_state(d)) for d in devices)]
 
 
 @contextlib.contextmanager
-def _with_random_state(state: list[tuple[str, Tensor]] | None) -> Iterator[None]:
+def with_random_state(state: list[tuple[str, Tensor]] | None) -> Iterator[None]:
+    """Generators inside draw on from ``state``, and are afterwards where they were."""
     if state is None:
         yield
         return

@@ -74,7 +74,13 @@ def backward(
     if of_weight is not None and softmax:
         of_weight = weight * (of_weight - (weight * of_weight).sum(-1, keepdim=True))
     return (
-        None if of_rows is None else of_rows[:-1].view(x.shape).to(x.dtype),
+        None if of_rows is None else _map_of(of_rows, x).to(x.dtype),
         None if of_offset is None else of_offset.view(offset.shape).to(offset.dtype),
         None if of_weight is None else of_weight.view(mask.shape).to(mask.dtype),
     )
+
+
+def _map_of(rows: Tensor, x: Tensor) -> Tensor:
+    """What :func:`.reference.rows_of` made rows of, (N, H, W, C)."""
+    n, height, width, channels = x.shape
+    return rows.view(n, height + 3, width + 3, channels)[:, 2:-1, 2:-1].contiguous()

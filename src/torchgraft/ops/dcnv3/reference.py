@@ -50,9 +50,12 @@ def accumulation_type(x: Tensor) -> torch.dtype:
 
 
 def rows_of(x: Tensor, geometry: Geometry) -> Tensor:
-    """(N * H * W * G + 1, D): the channels of every group of every pixel, then a row of zeros for the outside."""
-    rows = x.to(accumulation_type(x)).reshape(-1, x.shape[3] // geometry.groups)
-    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    """(N * (H + 3) * (W + 3) * G, D): the channels of every group of every pixel, in a frame of zeros.
+
+    Two rows and columns before the map and one after it: what lies outside is read there, without a case of its own.
+    """
+    frame = torch.nn.functional.pad(x.to(accumulation_type(x)), (0, 0, 2, 1, 2, 1))
+    return frame.reshape(-1, x.shape[3] // geometry.groups)
 
 
 def weights_of(mask: Tensor, x: Tensor, geometry: Geometry, softmax: bool) -> Tensor:
@@ -72,15 +75,13 @@ def cells(x: Tensor, offset: Tensor, geometry: Geometry, t: int) -> tuple[Tensor
     groups, scale = geometry.groups, geometry.offset_scale
     shift = offset.unflatten(-1, (groups, geometry.points, 2))[..., t, :].to(accumulation_type(x))
     (grid_y, grid_x), (origin_y, origin_x) = geometry.grid[t], geometry.origins(height, width, shift)
-    y, part_y = _split(origin_y[:, None, None] + scale * (grid_y + shift[..., 1]), height)
-    x_, part_x = _split(origin_x[:, None] + scale * (grid_x + shift[..., 0]), width)
-    y = y[..., None] + torch.tensor([0, 0, 1, 1], device=x.device)
-    x_ = x_[..., None] + torch.tensor([0, 1, 0, 1], device=x.device)
-    image = torch.arange(n, device=x.device)[:, None, None, None, None]
-    group = torch.arange(groups, device=x.device)[:, None]
-    inside = (y >= 0) & (y < height) & (x_ >= 0) & (x_ < width)
-    at = torch.where(inside, ((image * height + y) * width + x_) * groups + group, n * height * width * groups)
-    return at, part_y, part_x
+    low_y, part_y = _split(origin_y[:, None, None] + scale * (grid_y + shift[..., 1]), height)
+    low_x, part_x = _split(origin_x[:, None] + scale * (grid_x + shift[..., 0]), width)
+    image = torch.arange(n, device=x.device)[:, None, None, None] * (height + 3)
+    group = torch.arange(groups, device=x.device)
+    first = ((image + (low_y + 2)) * (width + 3) + (low_x + 2)) * groups + group
+    down = (width + 3) * groups
+    return first[..., None] + torch.tensor([0, groups, down, down + groups], device=x.device), part_y, part_x
 
 
 def corner_weights(part_y: Tensor, part_x: Tensor, weight: Tensor) -> Tensor:
