@@ -4,8 +4,8 @@
 
 Forward, and forward with backward, at the four maps of InternImage-T on 4 images of 224 pixels. On the CPU one thread
 and the process's own time; medians over alternating rounds. Factors are relative to ``grid_sample``, the form of the
-published code that runs without an extension. ``saved`` is what autograd keeps besides the three inputs, ``in all`` with
-them. Rows with ``softmax`` take logits: ``grid_sample`` after a softmax, the kernel with the softmax inside.
+published code that runs without an extension. What autograd keeps is counted besides the three inputs and with them.
+Rows with ``softmax`` take logits: ``grid_sample`` after a softmax, the kernel with the softmax inside.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write the reference pages that the library can answer itself: the command line and the support table.
+"""Write the reference pages that the library can answer itself: command line, support table and our backbones.
 
 Run by ``make docs`` before the site is built. What it writes is kept in the repository, so that the pages can
 be read there too.
@@ -7,17 +7,21 @@ be read there too.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 from typer.main import get_command
 
 import torchgraft as tg
+from torchgraft.backbones.facts import published_facts
+from torchgraft.backbones.timm_api import ARCHITECTURES
 from torchgraft.core.layers import ConvGeometry, is_conv, kind_of
 from torchgraft.core.placements import Affine, Parallel, Placement, Sequential, Train, WeightDelta
 
@@ -49,9 +53,10 @@ PLACEMENTS = (Parallel, Sequential, Affine, WeightDelta, Train)
 
 
 def main() -> None:
-    """Write both pages."""
+    """Write the pages."""
     (REFERENCE / "cli.md").write_text(command_line(), encoding="utf-8")
     (REFERENCE / "support.md").write_text(support(), encoding="utf-8")
+    (REFERENCE / "backbones.md").write_text(backbones(), encoding="utf-8")
 
 
 def command_line() -> str:
@@ -87,6 +92,37 @@ What a placement says that it can do at a layer: the building blocks for methods
 
 {_table(said)}
 """
+
+
+def backbones() -> str:
+    """The page with the architectures that we register in timm, by size."""
+    names = [
+        name for module in ARCHITECTURES for name in importlib.import_module(f"torchgraft.backbones.{module}").PUBLISHED
+    ]
+    rows = "\n".join(map(_backbone, names))
+    return f"""# Backbones that timm lacks
+
+Written by `make docs`. Registered in timm by `import torchgraft`; every other model of timm is a backbone too. GMACs
+count convolutions and linear layers, for one image of the size behind the @. Top-1 is what was published, on
+ImageNet-1K, behind the dataset of the pretraining. The last two columns count what an adapter trains without a head:
+`conv-adapter[reduction=4]` and `lora` as they come.
+
+| name | parameters | GMACs | top-1 | channels | strides | Conv-Adapter | LoRA |
+|---|---:|---:|---|---|---|---:|---:|
+{rows}
+"""
+
+
+def _backbone(name: str) -> str:
+    facts = published_facts(name)
+    assert facts is not None
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+    sizes = [tg.plan(model, method).parameters for method in ("conv-adapter[reduction=4]", "lora")]
+    top1 = "" if facts.top1 is None else f"{facts.top1:.1f}" + (f" ({facts.data})" if facts.data else "")
+    cells = [f"`{name}`", f"{facts.parameters:,}", f"{facts.gmacs:.2f} @{facts.side}", top1]
+    cells += [", ".join(map(str, facts.channels)), ", ".join(map(str, facts.strides))]
+    return f"| {' | '.join([*cells, *(f'{size:,}' for size in sizes)])} |"
 
 
 def adapts(method: str, layer: nn.Module) -> str:

@@ -166,8 +166,9 @@ def test_forward_mode_and_functional_gradients_need_the_reference() -> None:
     def run(x: Tensor, backend: str | None = None) -> Tensor:
         return dcnv3(x, offset, mask, groups=2, backend=backend)
 
-    with pytest.raises(GraftError, match="no forward-mode derivative; use backend='reference'"):
-        torch.func.jvp(run, (x,), (x,))
+    for backend in (None, "torchvision", "grid_sample"):
+        with pytest.raises(GraftError, match="forward-mode derivative; use backend='reference'"):
+            torch.func.jvp(lambda x, name=backend: run(x, name), (x,), (x,))
     _, tangent = torch.func.jvp(lambda x: run(x, "reference"), (x,), (x,))
     assert apart(tangent, run(x)) < 1e-12  # linear in x
     found = torch.func.grad(lambda x: run(x, "reference").sum())(x)

@@ -74,8 +74,9 @@ def dcnv3(
         )  # fmt: skip
     else:
         form = backends.form_in_use(backend)
-        if form is None:
+        if form != "reference":
             _refuse_forward_mode(x, offset, mask)
+        if form is None:
             return torch.ops.torchgraft.dcnv3(
                 x, offset, mask, kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax,
                 backend,
@@ -146,9 +147,9 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _refuse_forward_mode(*tensors: Tensor) -> None:
-    """Registered operators drop tangents without a word."""
+    """Registered operators, torchvision's as well as ours, drop tangents without a word."""
     if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors):
-        raise GraftError("dcnv3: its kernels have no forward-mode derivative; use backend='reference'")
+        raise GraftError("dcnv3: only the reference has a forward-mode derivative; use backend='reference'")
 
 
 def _refuse_twice(ctx: Any, *_: Tensor) -> None:
