@@ -94,7 +94,7 @@ def test_the_default_configuration_describes_the_model(name):
     groups = group_parameters(model, model.group_matcher())
     assert len(groups) > 1
     assert len(group_parameters(model, model.group_matcher(coarse=True))) > 1
-    side = cfg["pool_size"] if x.shape[-1] == cfg["input_size"][-1] else (x.shape[-1] // 32,) * 2
+    side = tuple(size * x.shape[-1] // cfg["input_size"][-1] for size in cfg["pool_size"])
     with torch.device("meta"):
         features = model.forward_features(x)
         assert features.shape == (1, model.num_features, *side)

@@ -39,12 +39,13 @@ from ..ops import describe
 from .internimage_block import BetweenNorm, DCNv3, InternImageBlock, InternImageStage
 from .internimage_head import ClipFusion, ClipHead
 from .published import Published
+from .pyramid import Pyramid
 from .timm_api import feature_take_indices, register_backbone, unwrapped
 
 __all__ = ["PUBLISHED", "InternImage", "checkpoint_filter_fn", "official_name", "runs_with"]
 
 
-class InternImage(nn.Module):
+class InternImage(Pyramid):
     """InternImage.
 
     Shapes: (N, in_chans, H, W) -> (N, num_classes), for any H and W. The maps of the stages have strides 4, 8, 16 and
@@ -211,65 +212,13 @@ class InternImage(nn.Module):
         ]
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else by_block}
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping what they save."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable  # type: ignore[assignment]
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The linear layer (``nn.Identity`` without classes)."""
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Make a new classifier; ``global_pool=None`` keeps the pooling."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
+        """Make a new classifier; ``global_pool=None`` keeps the pooling, and nothing else stands in the head."""
         clip = isinstance(self.head, ClipHead)
         assert clip or global_pool != "attn", "Pooling by attention belongs to the clip projector."
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps behind the stages.
-
-        Args:
-            x: Images (N, in_chans, H, W).
-            indices: Which maps: the last so many, a list, or all.
-            norm: Of no effect: the norms of the published maps belong to the stages.
-            stop_early: Leave out the stages behind the last map that is asked for.
-            output_fmt: ``"NCHW"``.
-            intermediates_only: Return the maps alone.
-
-        Returns:
-            The maps, or the output of :meth:`forward_features` and the maps.
-        """
-        assert output_fmt == "NCHW", "Output shape must be NCHW."
-        intermediates: list[Tensor] = []
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        if torch.jit.is_scripting() or not stop_early:
-            stages = self.stages
-        else:
-            stages = self.stages[: max_index + 1]
-        x = self.stem(x)
-        before = x
-        for i, stage in enumerate(stages):
-            before, x = x, stage(x)
-            if i in take_indices:
-                intermediates.append(x)
-        if intermediates_only:
-            return intermediates
-        if self.fusion is not None and len(stages) == len(self.stages):
-            x = self.fusion(before, x)
-        return x, intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -284,21 +233,13 @@ class InternImage(nn.Module):
             self.head_hidden_size = self.head.num_features
         return take_indices
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (N, in_chans, H, W) -> map (N, num_features, H / 32, W / 32), with the clip projector H / 16."""
-        x = self.stem(x)
-        before = x
-        for stage in self.stages:
-            before, x = x, stage(x)
-        return x if self.fusion is None else self.fusion(before, x)
+    def behind_stages(self, before: Tensor, last: Tensor) -> Tensor:
+        """The last map (stride 32), with the clip projector the last two joined (stride 16)."""
+        return last if self.fusion is None else self.fusion(before, last)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The map -> (N, num_classes); with ``pre_logits`` (N, head_hidden_size)."""
         return self.head(self.conv_head(x), pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (N, in_chans, H, W) -> (N, num_classes)."""
-        return self.forward_head(self.forward_features(x))
 
 
 def _downsample(dim: int, out_dim: int, **dd: Any) -> nn.Module:

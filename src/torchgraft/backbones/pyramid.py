@@ -6,7 +6,7 @@ Annotations are not postponed here: TorchScript reads those of a traced model fr
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.layers import ClassifierHead, NormMlpClassifierHead, get_device_dtype
+from timm.layers import NormMlpClassifierHead, get_device_dtype
 from torch import Tensor, nn
 
 from .timm_api import feature_take_indices
@@ -30,7 +30,7 @@ class Pyramid(nn.Module):
     if TYPE_CHECKING:  # TorchScript would make attributes of its own of them
         stem: nn.Module
         stages: nn.Sequential
-        head: ClassifierHead | NormMlpClassifierHead
+        head: Any
         feature_info: list[dict[str, Any]]
         num_features: int
         head_hidden_size: int
@@ -80,7 +80,7 @@ class Pyramid(nn.Module):
         Args:
             x: Images (B, in_chans, H, W).
             indices: The last so many maps, these, or all.
-            norm: Without effect: no norm stands behind the last stage.
+            norm: Without effect: no norm stands between the last map and the head's pooling.
             stop_early: Leave out the stages behind the last map that is asked for.
             output_fmt: ``"NCHW"``.
             intermediates_only: Return the maps alone.
@@ -91,18 +91,19 @@ class Pyramid(nn.Module):
         assert output_fmt == "NCHW", "Output shape must be NCHW."
         intermediates: list[Tensor] = []
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        x = self.stem(x)
         if torch.jit.is_scripting() or not stop_early:
             stages = self.stages
         else:
             stages = self.stages[: max_index + 1]
+        x = self.stem(x)
+        before = x
         for i, stage in enumerate(stages):
-            x = stage(x)
+            before, x = x, stage(x)
             if i in take_indices:
                 intermediates.append(x)
         if intermediates_only:
             return intermediates
-        return x, intermediates
+        return self.behind_stages(before, x) if len(stages) == len(self.stages) else x, intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -126,8 +127,16 @@ class Pyramid(nn.Module):
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to the last map (B, num_features, H', W')."""
-        return self.stages(self.stem(x))
+        """Images (B, in_chans, H, W) to the map that the head reads, (B, num_features, H', W')."""
+        x = self.stem(x)
+        before = x
+        for stage in self.stages:
+            before, x = x, stage(x)
+        return self.behind_stages(before, x)
+
+    def behind_stages(self, before: Tensor, last: Tensor) -> Tensor:
+        """What the head reads, of the last two maps; the last one, unless a subclass joins them."""
+        return last
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last map to (B, num_classes); with ``pre_logits`` to what the classifier reads."""

@@ -183,9 +183,10 @@ def derive(out: Tensor, function: Callable[[Tensor], Tensor], source: Tensor, re
 
 
 def _note(out: Tensor, recipe: Recipe, source: Tensor) -> None:
-    key = out.untyped_storage()._cdata
-    # A view may die while other views of the same tensor live on; all of them hold that tensor.
-    alive = weakref.ref(out if out._base is None else out._base, lambda _: _origins.pop(key, None))
+    storage = out.untyped_storage()
+    key = storage._cdata
+    # Of the memory, not of a tensor on it: a view may die while another lives on.
+    alive = weakref.ref(storage, lambda _: _origins.pop(key, None))
     _origins[key] = _Origin(alive, out._version, Layout(out), out.storage_offset(), recipe, source)
 
 
@@ -200,8 +201,11 @@ class Derived:
         self.origin, self.source = _Result(origin), source
 
     def unpack(self) -> Tensor:
-        """Run the recipe."""
-        return self._seen(self.origin.of(self.source.unpack()))
+        """Run the recipe, and note that the result is one: what runs again on it keeps the same handles."""
+        source = self.source.unpack()
+        whole = self.origin.of(source)
+        _note(whole, self.origin.recipe, source)
+        return self._seen(whole)
 
     def restore(self, alive: list[Tensor]) -> Tensor:
         """As :meth:`unpack`, and note again where the tensor came from, for as long as ``alive`` lives."""
