@@ -20,17 +20,17 @@ Parameters (ImageNet-1K head): 002 1,825,440; 032 10,511,000; 040 15,726,268; 08
 in ``PUBLISHED``. Published for the last four: 10.5, 15.7, 24.6 and 32.4 million.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates, create_classifier, get_device_dtype
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs
 from torch import Tensor, fx, nn
 
 from ..errors import GraftError
 from .published import Published
-from .timm_api import feature_take_indices, register_backbone, unwrapped
+from .timm_api import feature_take_indices, register_backbone, untrained_cfg, unwrapped
 
 __all__ = ["PUBLISHED", "GGhostRegNet", "checkpoint_filter_fn", "official_name"]
 
@@ -375,24 +375,16 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return unwrapped(state_dict)
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bilinear",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "conv1",
-        "classifier": "fc",
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2201.03297",
-        "paper_name": "GhostNets on Heterogeneous Devices via Cheap Operations",
-        "origin_url": "https://github.com/huawei-noah/Efficient-AI-Backbones",
-        **kwargs,
-    }
+_cfg = partial(
+    untrained_cfg,
+    interpolation="bilinear",
+    first_conv="conv1",
+    classifier="fc",
+    license="apache-2.0",
+    paper_ids="arXiv:2201.03297",
+    paper_name="GhostNets on Heterogeneous Devices via Cheap Operations",
+    origin_url="https://github.com/huawei-noah/Efficient-AI-Backbones",
+)
 
 
 default_cfgs = generate_default_cfgs(

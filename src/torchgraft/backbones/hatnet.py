@@ -15,19 +15,18 @@ small 25,738,568, medium 42,925,960, large 63,108,936. Published: 12.7, 25.7, 42
 
 # Annotations are objects here, not strings: FX hands that of an input on to TorchScript, which knows no string.
 import re
+from functools import partial
 from typing import Any
 
-import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 
 from ..errors import GraftError
 from .hatnet_attention import Attention, HierarchicalAttention, map_norm
 from .published import Published
-from .pyramid import Pyramid
-from .timm_api import register_backbone, unwrapped
+from .pyramid import Pyramid, PyramidStage
+from .timm_api import register_backbone, untrained_cfg, unwrapped
 
 __all__ = ["PUBLISHED", "HatNet", "checkpoint_filter_fn", "official_name"]
 
@@ -123,23 +122,6 @@ class Downsample(nn.Module):
         return self.norm(self.conv(x))
 
 
-class Stage(nn.Module):
-    """Blocks of one resolution, behind the step down to it."""
-
-    def __init__(self, downsample: nn.Module, blocks: list[nn.Module]) -> None:
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', H', W')."""
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-
 class HatNet(Pyramid):
     """HAT-Net.
 
@@ -210,7 +192,7 @@ class HatNet(Pyramid):
                 Block(dim, head_dim, grid, ratio, expansion, kernel, proj_drop_rate, rates[i][j], **dd)
                 for j in range(depth)
             ]
-            stages.append(Stage(Downsample(dims[i - 1], dim, **dd) if i else nn.Identity(), blocks))
+            stages.append(PyramidStage(Downsample(dims[i - 1], dim, **dd) if i else nn.Identity(), blocks))
         self.stages = nn.Sequential(*stages)
         self.feature_info = [
             {"num_chs": dim, "reduction": 2 ** (i + 2), "module": f"stages.{i}"} for i, dim in enumerate(dims)
@@ -261,23 +243,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return {key: value for key, value in named.items() if key is not None}
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.0",
-        "classifier": "head.fc",
-        "paper_ids": "arXiv:2106.03180",
-        "paper_name": "Vision Transformers with Hierarchical Attention",
-        "origin_url": "https://github.com/yun-liu/HAT-Net",
-        **kwargs,
-    }
+_cfg = partial(
+    untrained_cfg,
+    paper_ids="arXiv:2106.03180",
+    paper_name="Vision Transformers with Hierarchical Attention",
+    origin_url="https://github.com/yun-liu/HAT-Net",
+)
 
 
 default_cfgs = generate_default_cfgs(

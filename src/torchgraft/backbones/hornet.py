@@ -26,7 +26,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
     LayerNorm,
@@ -36,14 +35,14 @@ from timm.layers import (
     calculate_drop_path_rates,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, named_apply
+from timm.models import build_model_with_cfg, generate_default_cfgs, named_apply
 from torch import Tensor, nn
 
 from ..errors import GraftError
 from .hornet_filter import GlobalLocalFilter, resized_filter
 from .published import Published
-from .pyramid import Pyramid
-from .timm_api import register_backbone, unwrapped
+from .pyramid import Pyramid, PyramidStage
+from .timm_api import register_backbone, untrained_cfg, unwrapped
 
 __all__ = ["PUBLISHED", "GnConv", "HorNet", "checkpoint_filter_fn", "classes_of", "official_name", "select_classes"]
 
@@ -156,23 +155,6 @@ class HorNetBlock(nn.Module):
         return x + self.drop_path2(widened.permute(0, 3, 1, 2))
 
 
-class HorNetStage(nn.Module):
-    """A norm and a 2x2 convolution that halves the map (not in the first stage), then blocks."""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[HorNetBlock]) -> None:
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C', H, W) -> (B, C, H // 2, W // 2)."""
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-
 class HorNet(Pyramid):
     """HorNet with timm's interface; maps of strides 4, 8, 16 and 32, rounded down.
 
@@ -248,7 +230,7 @@ class HorNet(Pyramid):
                 )
                 for rate in rates[i]
             ]
-            stages.append(HorNetStage(nn.Sequential(*halve) if halve else nn.Identity(), blocks))
+            stages.append(PyramidStage(nn.Sequential(*halve) if halve else nn.Identity(), blocks))
         self.stages = nn.Sequential(*stages)
         self.feature_info = [
             {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
@@ -339,24 +321,13 @@ def select_classes(checkpoint: Mapping[str, Any], rows: Sequence[int]) -> dict[s
     return {k: v[index] if re.fullmatch(r"head\.(fc\.)?(weight|bias)", k) else v for k, v in state.items()}
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.0",
-        "classifier": "head.fc",
-        "license": "mit",
-        "paper_ids": "arXiv:2207.14284",
-        "paper_name": "HorNet: Efficient High-Order Spatial Interactions with Recursive Gated Convolutions",
-        "origin_url": "https://github.com/raoyongming/HorNet",
-        **kwargs,
-    }
+_cfg = partial(
+    untrained_cfg,
+    license="mit",
+    paper_ids="arXiv:2207.14284",
+    paper_name="HorNet: Efficient High-Order Spatial Interactions with Recursive Gated Convolutions",
+    origin_url="https://github.com/raoyongming/HorNet",
+)
 
 
 # The published preprocessing takes the whole picture, squeezed to a square, from 384 pixels on.

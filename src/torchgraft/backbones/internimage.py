@@ -19,10 +19,10 @@ Parameters (ImageNet-1K head): tiny 29,918,424, small 50,079,880, base 97,461,83
 # Annotations are objects here, not strings: FX hands that of an input on to TorchScript, which knows no string.
 import re
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ClassifierHead,
     LayerNorm,
@@ -40,7 +40,7 @@ from .internimage_block import BetweenNorm, DCNv3, InternImageBlock, InternImage
 from .internimage_head import ClipFusion, ClipHead
 from .published import Published
 from .pyramid import Pyramid
-from .timm_api import feature_take_indices, register_backbone, unwrapped
+from .timm_api import feature_take_indices, register_backbone, untrained_cfg, unwrapped
 
 __all__ = ["PUBLISHED", "InternImage", "checkpoint_filter_fn", "official_name", "runs_with"]
 
@@ -349,24 +349,14 @@ def _with_layer_scale_as_in(own: dict[str, Any], state: dict[str, Any]) -> dict[
     return state
 
 
-def _cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, side, side),
-        "pool_size": (side // 32, side // 32),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1",
-        "classifier": "head.fc",
-        "paper_ids": "arXiv:2211.05778",
-        "paper_name": "InternImage: Exploring Large-Scale Vision Foundation Models with Deformable Convolutions",
-        "origin_url": "https://github.com/OpenGVLab/InternImage",
-        "license": "mit",
-        **kwargs,
-    }
+_cfg = partial(
+    untrained_cfg,
+    first_conv="stem.conv1",
+    paper_ids="arXiv:2211.05778",
+    paper_name="InternImage: Exploring Large-Scale Vision Foundation Models with Deformable Convolutions",
+    origin_url="https://github.com/OpenGVLab/InternImage",
+    license="mit",
+)
 
 
 default_cfgs = generate_default_cfgs(

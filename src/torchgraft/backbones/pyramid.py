@@ -3,13 +3,37 @@
 Annotations are not postponed here: TorchScript reads those of a traced model from the objects themselves.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import NormMlpClassifierHead, get_device_dtype
+from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from .timm_api import feature_take_indices
+
+
+class PyramidStage(nn.Module):
+    """Blocks of one resolution, behind the step down to it: (B, C', H', W') -> (B, C, H, W).
+
+    Args:
+        downsample: (B, C', H', W') -> (B, C, H, W).
+        blocks: The blocks.
+    """
+
+    def __init__(self, downsample: nn.Module, blocks: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The stage's map."""
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
 
 
 class Pyramid(nn.Module):

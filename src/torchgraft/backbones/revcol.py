@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     LayerNorm,
     LayerNorm2d,
@@ -42,7 +41,7 @@ from torch import Tensor, nn
 from ..errors import GraftError
 from .published import Published
 from .revcol_supervision import Supervised, Supervision, compound_loss
-from .timm_api import FeatureGetterNet, feature_take_indices, register_backbone, unwrapped
+from .timm_api import FeatureGetterNet, feature_take_indices, register_backbone, untrained_cfg, unwrapped
 
 __all__ = ["PUBLISHED", "RevCol", "checkpoint_filter_fn", "compound_loss", "official_name", "runs_with"]
 
@@ -488,7 +487,7 @@ def _init_weights(module: nn.Module) -> None:
 
 def runs_with() -> str:
     """The memory mode that networks are built with."""
-    return "recompute"
+    return "memory: recompute"
 
 
 _OFFICIAL = (
@@ -541,24 +540,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return fitted
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.0",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2212.11696",
-        "paper_name": "Reversible Column Networks",
-        "origin_url": "https://github.com/megvii-research/RevCol",
-        **kwargs,
-    }
+_cfg = partial(
+    untrained_cfg,
+    license="apache-2.0",
+    paper_ids="arXiv:2212.11696",
+    paper_name="Reversible Column Networks",
+    origin_url="https://github.com/megvii-research/RevCol",
+)
 
 
 default_cfgs = generate_default_cfgs(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import is_model, model_entrypoint, register_model
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import nn
@@ -16,6 +17,7 @@ __all__ = [
     "feature_take_indices",
     "register_architectures",
     "register_backbone",
+    "untrained_cfg",
     "unwrapped",
 ]
 
@@ -38,6 +40,28 @@ def register_backbone(build: F) -> F:
     if not taken:
         register_model(build)
     return build
+
+
+def untrained_cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
+    """What timm knows about a model whose weights it does not have.
+
+    Args:
+        side: Side of the images that it was made for, in pixels.
+        **kwargs: More fields, or other values of these.
+    """
+    fields = {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, side, side),
+        "pool_size": (side // 32, side // 32),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.0",
+        "classifier": "head.fc",
+    }
+    return {**fields, **kwargs}
 
 
 def register_architectures() -> None:
