@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+import transformers
 
 import torchgraft as tg
 from torchgraft.backbones import create_features
@@ -144,3 +145,45 @@ def test_an_adapter_of_a_classifier_loads_into_the_pyramid_and_back(tmp_path, na
     wanted = correct_taps(fresh).forward_intermediates(image(), intermediates_only=True)[-4:]
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "name, strides, channels",
+    [
+        ("torchvision:resnet18", (4, 8, 16, 32), (64, 128, 256, 512)),
+        ("torchvision:swin_t", (4, 8, 16, 32), (96, 192, 384, 768)),
+        ("torchvision:mobilenet_v3_small", (4, 8, 16, 32), (16, 24, 48, 96)),
+    ],
+)
+def test_a_network_that_hands_out_no_maps_is_tapped_at_its_blocks(name, strides, channels):
+    provider = create_features(name, pretrained=False)
+    assert (provider.strides, provider.channels) == (strides, channels)
+    x = torch.randn(1, 3, 64, 96)
+    for found, stride, width in zip(provider(x), strides, channels, strict=True):
+        assert found.shape == (1, width, 64 // stride, 96 // stride)
+
+
+def test_the_maps_of_a_transformers_model_are_its_hidden_states(tmp_path):
+    small = {"image_size": 64, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+    torch.manual_seed(0)
+    model = transformers.SwinForImageClassification(transformers.SwinConfig(**small)).eval()
+    model.save_pretrained(tmp_path)
+    provider = create_features(f"hf:{tmp_path}")
+    assert (provider.strides, provider.channels) == ((4, 8), (8, 16))
+    x = torch.randn(1, 3, 64, 96)
+    last = model.swin(x, output_hidden_states=True).reshaped_hidden_states[-1]
+    torch.testing.assert_close(provider(x)[1], last)
+
+
+def test_an_adapter_attaches_to_a_tapped_network():
+    torch.manual_seed(0)
+    provider = create_features("torchvision:resnet18", pretrained=False)
+    before = provider(image())
+    adapter = tg.attach(provider, "conv-adapter[reduction=4]")
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.1)
+    found = provider(image())
+    assert all(not a.equal(b) for a, b in zip(before, found, strict=True))
+    sum(m.square().mean() for m in found).backward()
+    assert all(p.grad is not None for p in adapter.parameters())

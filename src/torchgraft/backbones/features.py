@@ -1,15 +1,15 @@
 """A backbone as a pyramid of maps, for detection and segmentation.
 
-Feature maps from high to low resolution, each with its channels and stride, from any network that has timm's
-``forward_intermediates``. Two things that timm's ``features_only`` lacks are here: a layer norm on every map, as the
-dense versions of ConvNeXt and HorNet have it (the map without the norm goes on to the next stage), and GhostNet's
-taps at the last block of each level.
+Feature maps from high to low resolution, each with its channels and stride, from any network: through timm's
+``forward_intermediates`` where there is one, else from the blocks that the anatomy finds. Two things that timm's
+``features_only`` lacks are here: a layer norm on every map, as the dense versions of ConvNeXt and HorNet have it (the
+map without the norm goes on to the next stage), and GhostNet's taps at the last block of each level.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,22 +39,23 @@ class FeatureProvider(nn.Module):
     Adapters are attached to the whole or to ``backbone``; an adapter of a classifier loads into either.
 
     Args:
-        backbone: timm's wrapper around a network with ``forward_intermediates``.
+        backbone: Images (B, C, H, W) to a list of maps; the network itself is its child ``model``.
+        channels: Channels of the maps.
+        strides: Their strides, rising.
         normed: Whether every map goes through a layer norm over its channels, which starts as one that leaves
             normalised maps as they are and is no part of the frozen backbone.
 
     Attributes:
-        channels: Channels of the maps.
-        strides: Their strides, rising.
-        normed: As given.
+        channels: As given, like ``strides`` and ``normed``.
         norms: One module per map: a layer norm, or nothing.
     """
 
-    def __init__(self, backbone: FeatureGetterNet, *, normed: bool = False) -> None:
+    def __init__(
+        self, backbone: nn.Module, channels: Sequence[int], strides: Sequence[int], *, normed: bool = False
+    ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.channels: tuple[int, ...] = tuple(backbone.feature_info.channels())
-        self.strides: tuple[int, ...] = tuple(backbone.feature_info.reduction())
+        self.channels, self.strides = tuple(channels), tuple(strides)
         self.normed = normed
         self.norms = nn.ModuleList(
             LayerNorm2d(width, eps=_EPSILON) if normed else nn.Identity() for width in self.channels
@@ -78,7 +79,7 @@ def create_features(
     """Build a backbone that returns maps from high to low resolution, in eval mode.
 
     Args:
-        name: A name of :func:`torchgraft.backbones.create_backbone` whose network has ``forward_intermediates``.
+        name: A name of :func:`torchgraft.backbones.create_backbone`.
         weights: A file of a classifier, or of the backbone of a published detector or segmentor: its output norms
             (``norm0`` and on) are read too.
         pretrained: False starts from random weights.
@@ -97,32 +98,39 @@ def create_features(
     if taps not in ("last", "timm"):
         raise GraftError(f"taps={taps!r}: expected 'last' or 'timm'")
     model = create_backbone(name, pretrained=pretrained and weights is None, **kwargs)
-    if not hasattr(model, "forward_intermediates"):
-        raise GraftError(f"{name} gives no feature maps: {type(model).__name__} has no forward_intermediates")
     if taps == "last":
         correct_taps(model)
     whole = set(model.state_dict())
     normed = out_norm == "layernorm2d" or (out_norm == "auto" and type(model).__name__ in _NORMED)
-    backbone = FeatureGetterNet(model, _indices(name, _tap_strides(model), strides))
-    provider = FeatureProvider(backbone, normed=normed).eval()
+    provider = _provider(name, model, strides, normed).eval()
     if weights is not None:
         _load(provider, whole, Path(weights))
     return provider
 
 
-def _tap_strides(model: nn.Module) -> list[int]:
-    info: Any = model.feature_info
-    return [tap["reduction"] for tap in getattr(info, "info", info)]
+def _provider(name: str, model: nn.Module, strides: Iterable[int] | None, normed: bool) -> FeatureProvider:
+    if hasattr(model, "forward_intermediates"):
+        info: Any = model.feature_info
+        found = [tap["reduction"] for tap in getattr(info, "info", info)]
+        backbone = FeatureGetterNet(model, tuple(_indices(name, found, strides)))
+        info = backbone.feature_info
+        return FeatureProvider(backbone, info.channels(), info.reduction(), normed=normed)
+    # Imported when needed: the core imports timm, whose import brings this package.
+    from .map_taps import MapTaps, find_taps
+
+    taps = find_taps(model, name)
+    taps = [taps[index] for index in _indices(name, [tap.stride for tap in taps], strides)]
+    return FeatureProvider(MapTaps(model, taps), [t.channels for t in taps], [t.stride for t in taps], normed=normed)
 
 
-def _indices(name: str, found: list[int], strides: Iterable[int] | None) -> tuple[int, ...]:
+def _indices(name: str, found: list[int], strides: Iterable[int] | None) -> list[int]:
     """The last tap of every wanted stride."""
     last = {stride: index for index, stride in enumerate(found)}
     wanted = sorted(strides if strides is not None else (s for s in last if s >= 4))
     missing = [s for s in wanted if s not in last]
     if missing or not wanted:
         raise GraftError(f"strides={missing or wanted}: {name} has maps of the strides {sorted(last)}")
-    return tuple(last[stride] for stride in wanted)
+    return [last[stride] for stride in wanted]
 
 
 def _load(provider: FeatureProvider, whole: set[str], path: Path) -> None:
@@ -133,7 +141,7 @@ def _load(provider: FeatureProvider, whole: set[str], path: Path) -> None:
         whole: The names of the whole network, whose other parts the file may hold or lack.
         path: The file.
     """
-    model = provider.backbone["model"]
+    model = provider.backbone.get_submodule("model")
     state = unwrapped(read_weights(path))
     dense = {k: v for k, v in state.items() if _OUTPUT_NORM.match(k) and k not in whole}
     rest = converted({k: v for k, v in state.items() if k not in dense}, model)
