@@ -21,9 +21,9 @@ else
 TORCH := torch torchvision
 endif
 
-# Labelled photographs that only tests read. Like the wheels of the `demo` extra they come without the
+# Labelled photographs (foolbox) and CLIP's vocabulary (open-clip-torch) that only tests read. Like the wheels of the `demo` extra they come without the
 # dependencies that the package declares, none of which reading a file needs.
-TEST_WHEELS := foolbox==3.3.4
+TEST_WHEELS := foolbox==3.3.4 open-clip-torch==3.3.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -104,7 +104,7 @@ $(VENV)/.demo: pyproject.toml $(PY)
 	$(call wheels)
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml $(PY)
+$(VENV)/.dev: pyproject.toml Makefile $(PY)
 	$(call install,[dev])
 	$(call wheels,$(TEST_WHEELS))
 	@touch $@
