@@ -21,8 +21,8 @@ else
 TORCH := torch torchvision
 endif
 
-# Labelled photographs (foolbox) and CLIP's vocabulary (open-clip-torch) that only tests read. Like the wheels of the `demo` extra they come without the
-# dependencies that the package declares, none of which reading a file needs.
+# What only tests read: labelled photographs (foolbox) and CLIP's vocabulary (open-clip-torch). Like the wheels of
+# the `demo` extra they come without the dependencies that the packages declare, none of which reading a file needs.
 TEST_WHEELS := foolbox==3.3.4 open-clip-torch==3.3.0
 
 .DEFAULT_GOAL := help
