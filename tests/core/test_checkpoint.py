@@ -125,12 +125,6 @@ def test_the_folder_holds_what_the_documentation_says(trained: tg.Adapter, saved
     assert "accuracy: 0.5000" in card
 
 
-def test_saving_without_a_task_leaves_none_of_an_older_adapter(trained: tg.Adapter, tmp_path: Path) -> None:
-    trained.save(tmp_path / "a", task={"classes": ["cat", "dog"]})
-    trained.save(tmp_path / "a")
-    assert tg.read_task(tmp_path / "a") is None
-
-
 def test_a_folder_without_a_task_has_none(trained: tg.Adapter, tmp_path: Path) -> None:
     trained.save(tmp_path)
     assert tg.read_task(tmp_path) is None

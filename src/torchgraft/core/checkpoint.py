@@ -116,8 +116,6 @@ def save(
         text = json.dumps(task, indent=2, default=str) + "\n"
         writers[TASK] = lambda path: path.write_text(text, encoding="utf-8")
     write_files(folder, writers)
-    if task is None:  # that of an adapter that was here before says nothing about this one
-        (Path(folder) / TASK).unlink(missing_ok=True)
 
 
 def load(
