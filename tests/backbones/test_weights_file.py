@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 from torchgraft.backbones import create_backbone
 from torchgraft.backbones.assets import file_digest
+from torchgraft.backbones.weights_file import read_weights
 from torchgraft.errors import GraftError
 
 NAME = "test_resnet"
@@ -125,3 +126,9 @@ def test_files_that_hold_no_weights_are_refused(tmp_path):
     (tmp_path / "w.npz").write_bytes(b"")
     with pytest.raises(GraftError, match=r"expected a \.safetensors"):
         create_backbone(NAME, weights=tmp_path / "w.npz")
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_ema", "state_dict_ema", "module"])
+def test_a_state_dict_is_found_under_every_key_that_published_files_use(tmp_path, wrapper):
+    torch.save({wrapper: {"weight": torch.ones(2)}, "epoch": 3}, tmp_path / "w.pth")
+    assert list(read_weights(tmp_path / "w.pth")) == ["weight"]

@@ -8,7 +8,6 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
 
 from ..lean.meter import flops
 from . import timm_api
@@ -67,7 +66,7 @@ def counted_facts(name: str) -> Facts:
     except Exception:
         # Some constructors and operators of timm's thousand models do not work without memory behind the tensors.
         return Facts(name)
-    taps = [tap for tap in _taps(model) if tap["reduction"] >= 4]
+    taps = [tap for tap in timm_api.tap_infos(model) if tap["reduction"] >= 4]
     last = {tap["reduction"]: tap["num_chs"] for tap in taps}
     return Facts(
         name,
@@ -84,8 +83,3 @@ def _our_module(name: str) -> Any:
         return None
     module = sys.modules.get(timm.model_entrypoint(name).__module__)
     return module if module and module.__name__.rpartition(".")[0] == timm_api.__package__ else None
-
-
-def _taps(model: nn.Module) -> list[dict[str, Any]]:
-    info: Any = getattr(model, "feature_info", [])
-    return getattr(info, "info", info)

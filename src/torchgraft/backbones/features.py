@@ -20,7 +20,7 @@ from ..errors import GraftError
 from .pretrained import create_backbone
 from .provenance import note_origin
 from .taps import correct_taps
-from .timm_api import FeatureGetterNet, unwrapped
+from .timm_api import FeatureGetterNet, tap_infos, unwrapped
 from .weights_file import converted, file_origin, read_weights, state_difference
 
 OutputNorm = Literal["auto", "layernorm2d"]
@@ -110,10 +110,9 @@ def create_features(
 
 def _provider(name: str, model: nn.Module, strides: Iterable[int] | None, normed: bool) -> FeatureProvider:
     if hasattr(model, "forward_intermediates"):
-        info: Any = model.feature_info
-        found = [tap["reduction"] for tap in getattr(info, "info", info)]
+        found = [tap["reduction"] for tap in tap_infos(model)]
         backbone = FeatureGetterNet(model, tuple(_indices(name, found, strides)))
-        info = backbone.feature_info
+        info: Any = backbone.feature_info
         return FeatureProvider(backbone, info.channels(), info.reduction(), normed=normed)
     # Imported when needed: the core imports timm, whose import brings this package.
     from .map_taps import MapTaps, find_taps

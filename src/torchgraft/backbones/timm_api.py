@@ -13,10 +13,12 @@ from torch import nn
 
 __all__ = [
     "ARCHITECTURES",
+    "WRAPPERS",
     "FeatureGetterNet",
     "feature_take_indices",
     "register_architectures",
     "register_backbone",
+    "tap_infos",
     "untrained_cfg",
     "unwrapped",
 ]
@@ -24,7 +26,8 @@ __all__ = [
 ARCHITECTURES: tuple[str, ...] = ("ghost_regnet", "hatnet", "hornet", "internimage", "revcol")
 """The modules of this package that define backbones timm lacks."""
 
-_WRAPPERS = ("model", "state_dict", "model_ema", "state_dict_ema", "module")
+WRAPPERS = ("state_dict", "model", "model_ema", "state_dict_ema", "module")
+"""Keys under which published checkpoints hold their state dict."""
 _PREFIX, _BACKBONE = "module.", "backbone."
 
 F = TypeVar("F", bound=Callable[..., nn.Module])
@@ -70,6 +73,12 @@ def register_architectures() -> None:
         importlib.import_module(f".{name}", __package__)
 
 
+def tap_infos(model: nn.Module) -> list[dict[str, Any]]:
+    """Channels, stride and name of every map of a timm model, in forward order; empty where it names none."""
+    info: Any = getattr(model, "feature_info", [])
+    return getattr(info, "info", info)
+
+
 def unwrapped(checkpoint: dict) -> dict:
     """The state dict inside a checkpoint: out of its wrapper, without the prefixes of wrapping modules.
 
@@ -80,7 +89,7 @@ def unwrapped(checkpoint: dict) -> dict:
             ``state_dict_ema`` or ``module``. It is not changed.
     """
     state = checkpoint
-    for wrapper in _WRAPPERS:
+    for wrapper in WRAPPERS:
         if isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     state = {key.removeprefix(_PREFIX): value for key, value in state.items()}

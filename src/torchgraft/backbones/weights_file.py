@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from ..errors import GraftError
 from .assets import file_digest
 from .provenance import data_config_of
+from .timm_api import WRAPPERS
 
-_WRAPPERS = ("state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a state dict from a .safetensors, .pt, .pth or .bin file without running any code in it.
 
-    A dict under ``"state_dict"`` or ``"model"`` is taken out of its wrapper, and the prefixes that
+    A dict under one of :data:`.timm_api.WRAPPERS` is taken out of its wrapper, and the prefixes that
     ``DistributedDataParallel`` and ``torch.compile`` add to the names are removed.
 
     Raises:
@@ -52,7 +52,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"cannot read weights from {path}: it holds more than tensors, which is not loaded because that "
             "could run code; save model.state_dict() or a .safetensors file instead"
         ) from error
-    for wrapper in _WRAPPERS:
+    for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
             break
